@@ -1,0 +1,315 @@
+"""The task: path-star graphs, as graphs, as tokens, as the official text, as training batches.
+
+A path-star graph G(d, l) has d arms of l - 1 nodes that all leave one start node. The model reads the shuffled edges,
+the start and the goal (the last node of one arm), and must write the path from start to goal: l nodes.
+
+    python data.py                               # draw a graph; show its text, its tokens, what a model is fed; time it
+    python data.py --write test.txt --n 20000    # write official text, which train.py and eval.py take as --test_file
+
+Source: Bachmann & Nagarajan, "The pitfalls of next-token prediction", ICML 2024, section 4.
+"""
+import argparse
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its message is one line that names the setting, its value and what would work."""
+
+
+class Graphs(NamedTuple):
+    """n graphs of one task, long tensors. `arms[:, 0]` is the arm that ends in the goal."""
+    prefix: torch.Tensor  # (n, prefix_len): the shuffled edges, the start, the goal, `=`
+    target: torch.Tensor  # (n, target_len): the path, goal first if the task is reversed
+    arms: torch.Tensor    # (n, deg, path_len - 1): the nodes of every arm, from the start outwards
+
+
+@dataclass(frozen=True)
+class PathStar:
+    """The graph G(deg, path_len) with labels drawn from `num_nodes` values, and its tokens.
+
+    Node v is token v; then come `|`, `=`, `/` and the dummy `$` of teacherless training. Commas carry no token.
+    Raises UserError (a ValueError), naming the smallest value that works, where no such graph exists.
+    """
+    deg: int
+    path_len: int
+    num_nodes: int
+    reverse: bool = False
+
+    def __post_init__(self):
+        for name, least in (("deg", 1), ("path_len", 2), ("num_nodes", 1 + self.num_edges)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: {self.graph} needs at least {least}")
+
+    graph = property(lambda self: f"G({self.deg},{self.path_len})")
+    num_edges = property(lambda self: self.deg * (self.path_len - 1))
+    prefix_len = property(lambda self: 3 * self.num_edges + 3)
+    target_len = property(lambda self: self.path_len)
+    seq_len = property(lambda self: self.prefix_len + self.target_len)
+    vocab_size = property(lambda self: self.num_nodes + 4)
+    bar = property(lambda self: self.num_nodes)
+    equals = property(lambda self: self.num_nodes + 1)
+    slash = property(lambda self: self.num_nodes + 2)
+    dollar = property(lambda self: self.num_nodes + 3)
+
+    def __str__(self):
+        return f"{self.graph}, N = {self.num_nodes}"
+
+    def sample(self, n, generator):
+        """Draw n graphs with, and on the device of, a torch.Generator -> Graphs."""
+        random = lambda size: torch.rand(n, size, generator=generator, device=generator.device)
+        nodes = random(self.num_nodes).argsort(1)[:, :1 + self.num_edges]  # distinct: the head of a permutation
+        start, arms = nodes[:, :1], nodes[:, 1:].view(n, self.deg, self.path_len - 1)
+        parents = torch.cat([start[:, None].expand(n, self.deg, 1), arms[:, :, :-1]], 2)
+        edges = torch.stack([parents, arms, torch.full_like(arms, self.bar)], 3).view(n, self.num_edges, 3)
+        shuffle = random(self.num_edges).argsort(1)
+        edges = edges.gather(1, shuffle[:, :, None].expand(-1, -1, 3)).view(n, 3 * self.num_edges)
+        edges[:, -1] = self.slash
+        prefix = torch.cat([edges, start, arms[:, 0, -1:], torch.full_like(start, self.equals)], 1)
+        target = torch.cat([start, arms[:, 0]], 1)
+        return Graphs(prefix, target.flip(1) if self.reverse else target, arms)
+
+    def encode(self, text):
+        """One line of official text (path from start to goal, always) -> prefix (prefix_len,), target (target_len,).
+
+        Raises ValueError if the line is not, to the letter, a graph of this task with its path.
+        """
+        prefix, target, _ = self._parse(text)
+        return torch.tensor(prefix), torch.tensor(target)
+
+    def decode(self, prefix, target):
+        """The inverse of `encode`: prefix (prefix_len,), target (target_len,) -> one line of official text."""
+        prefix, target = prefix.tolist(), target.tolist()
+        edges = "|".join(f"{u},{v}" for u, v in zip(prefix[:-3:3], prefix[1:-3:3]))
+        return f"{edges}/{prefix[-3]},{prefix[-2]}={','.join(map(str, target[::-1] if self.reverse else target))}"
+
+    def _parse(self, text):
+        """A line of official text -> its prefix, target and arms as lists."""
+        node, E = "(?:0|[1-9][0-9]*)", self.num_edges
+        if not re.fullmatch(rf"{node},{node}(?:\|{node},{node}){{{E - 1}}}/{node},{node}={node}"
+                            rf"(?:,{node}){{{self.path_len - 1}}}", text):
+            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges and a path of {self.path_len} nodes")
+        numbers = [int(x) for x in re.findall("[0-9]+", text)]
+        if max(numbers) >= self.num_nodes:
+            raise ValueError(f"node {max(numbers)} is out of range: num_nodes is {self.num_nodes}")
+        edges, (start, goal), path = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2])), numbers[2 * E:2 * E + 2], numbers[2 * E + 2:]
+        following = dict(edges)  # within an arm every node has one successor
+        arms = [[v] for u, v in edges if u == start]
+        for arm in arms:
+            while arm[-1] in following and len(arm) < self.path_len:
+                arm.append(following[arm[-1]])
+        arms.sort(key=lambda arm: arm[-1] != goal)  # the goal's arm first; the others in order of appearance
+        nodes = {start}.union(*arms)
+        if len(nodes) != 1 + E or any(len(arm) != self.path_len - 1 for arm in arms) or len(arms) != self.deg:
+            raise ValueError(f"the edges do not form {self.graph} around node {start}")
+        if path != [start] + arms[0] or path[-1] != goal:
+            raise ValueError(f"the path is not the one from {start} to {goal}")
+        prefix = [token for u, v in edges for token in (u, v, self.bar)]
+        prefix[-1] = self.slash
+        return prefix + [start, goal, self.equals], path[::-1] if self.reverse else path, arms
+
+
+def load(path, task):
+    """Read a file of official text -> Graphs. Raises UserError with the file and line of the first that is not right."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(task._parse(line.decode("ascii").rstrip("\r\n")))
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {number}: not text (a byte outside ASCII)") from None
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: holds no graphs")
+    return Graphs(*(torch.tensor(column) for column in zip(*rows)))
+
+
+def save(path, task, graphs):
+    """Write Graphs as official text, one line a graph, to a file that does not exist yet."""
+    with open(path, "x") as file:
+        file.writelines(task.decode(prefix, target) + "\n" for prefix, target in zip(graphs.prefix, graphs.target))
+
+
+def inputs(task, prefix, target, teacherless):
+    """The tokens a model is fed: prefix (n, prefix_len), target (n, target_len) -> (n, seq_len - 1).
+
+    Standard training (teacher forcing, eq. 2 of the paper): the target, shifted; its last token is never fed.
+    Teacherless training (eq. 5): the dummy `$` in its place. The loss is on the last target_len positions.
+    """
+    fed = torch.full_like(target[:, 1:], task.dollar) if teacherless else target[:, :-1]
+    return torch.cat([prefix, fed], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of graphs and batches. Every random draw has a key of its own: the graphs of training step s depend on the seed
+# and s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the training stream.
+
+
+def random_stream(*key, device="cpu"):
+    """A torch.Generator that depends on the integers of `key` alone."""
+    seed = np.random.SeedSequence(key).generate_state(1)[0]  # mixed to 32 bits: all that the CPU generator takes in
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+TRAIN, TEST, FRESH, SHUFFLE = range(4)  # the first integer of a key
+
+
+def identities(graphs):
+    """A bytes value for each graph, the same for the same edges in any order, whichever arm holds the goal."""
+    by_first_node = graphs.arms[:, :, 0].argsort(1)
+    arms = graphs.arms.gather(1, by_first_node[:, :, None].expand_as(graphs.arms)).flatten(1)
+    rows = torch.cat([graphs.prefix[:, -3:-2], arms], 1).to(torch.int32).numpy()
+    return rows.view(f"V{4 * rows.shape[1]}")[:, 0].tolist()
+
+
+def compact(task, graphs):
+    """Graphs in the smallest integer type that holds the vocabulary."""
+    dtype = torch.uint8 if task.vocab_size <= 256 else torch.int16 if task.vocab_size <= 2 ** 15 else torch.int32
+    return Graphs(*(x.to(dtype) for x in graphs))
+
+
+def sample_test_set(task, n):
+    """The test set: the same n graphs for every seed. -> Graphs on the CPU."""
+    return task.sample(n, random_stream(TEST))
+
+
+def sample_train_set(task, n, seed, test):
+    """n graphs, none of them in `test` (Graphs). -> compact Graphs on the CPU.
+
+    Raises UserError where the test set leaves no graph to train on.
+    """
+    taken, pieces, missing = set(identities(test)), [], n
+    while missing > 0:
+        piece = task.sample(10_000, random_stream(TRAIN, seed, len(pieces)))
+        pieces.append(compact(task, without(piece, taken)))
+        missing -= len(pieces[-1].prefix)
+        if len(pieces) == 10 and missing == n:
+            raise UserError(f"num_nodes {task.num_nodes}: the test set holds every {task.graph}; "
+                             f"take more node values or a smaller n_test")
+    return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
+
+
+def without(graphs, taken):
+    """The graphs whose identity is not in the set `taken`."""
+    keep = torch.tensor([identity not in taken for identity in identities(graphs)])
+    return graphs if keep.all() else Graphs(*(x[keep] for x in graphs))
+
+
+class Batches:
+    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device.
+
+    From a fixed set of graphs, reshuffled every epoch; or, with `graphs` None, fresh graphs at every step.
+    """
+
+    def __init__(self, task, batch_size, seed, device, graphs=None):
+        self.task, self.batch_size, self.seed, self.device = task, batch_size, seed, device
+        self.fixed = graphs and Graphs(*(x.to(device) for x in compact(task, graphs)))
+        self.epoch, self.order = None, None
+
+    def __call__(self, step):
+        if self.fixed is None:
+            graphs = self.task.sample(self.batch_size, random_stream(FRESH, self.seed, step, device=self.device))
+            return graphs.prefix, graphs.target
+        n = len(self.fixed.prefix)
+        epoch, batch = divmod(step, n // self.batch_size)  # the rest of an epoch that fills no batch is left out
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch)).to(self.device)
+        index = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
+        return self.fixed.prefix[index].long(), self.fixed.target[index].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; the project's scripts report every mistake of a user through it."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, least, most=float("inf")):
+    """An argparse type: an int or float in [least, most]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {'an integer' if kind is int else 'a number'} {limit}")
+        return value
+    return parse
+
+
+def draw(task, graph):
+    """One graph as a picture in text: an arm a line, the goal's arm marked."""
+    start = graph.prefix[0, -3].item()
+    for i, arm in enumerate(graph.arms[0].tolist()):
+        yield f"{start if i == 0 else '':>6} -> " + " -> ".join(f"{v:2}" for v in arm) + ("   <- the goal" if i == 0 else "")
+
+
+def median_ms(function, repeats=5):
+    """Median time of a call in milliseconds, after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--deg", type=number(int, 1, 10**4), default=2, help="arms of the graph, d (default 2)")
+    parser.add_argument("--path_len", type=number(int, 2, 10**4), default=5, help="nodes of the path, l (default 5)")
+    parser.add_argument("--num_nodes", type=number(int, 1, 10**6), default=50, help="node values, N (default 50)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="seed of the graphs (default 0)")
+    parser.add_argument("--write", metavar="FILE", help="write official text to this new file, and do nothing else")
+    parser.add_argument("--n", type=number(int, 1, 10**8), default=20_000, help="graphs to write (default 20000)")
+    args = parser.parse_args()
+    try:
+        task = PathStar(args.deg, args.path_len, args.num_nodes)
+    except UserError as error:
+        parser.error(f"--{error}")
+    stream = random_stream(TRAIN, args.seed)
+    if args.write is not None:
+        try:
+            save(args.write, task, task.sample(args.n, stream))
+        except OSError as error:
+            parser.error(f"--write {args.write}: {error.strerror}")
+        return print(f"{args.write}: {args.n:,} graphs {task.graph}, N={task.num_nodes}")
+
+    graph = task.sample(1, stream)
+    print(f"A graph {task.graph} with labels from {task.num_nodes} values\n", *draw(task, graph), sep="\n")
+    print(f"\nofficial text     {task.decode(graph.prefix[0], graph.target[0])}")
+    print(f"prefix tokens     {graph.prefix[0].tolist()}   |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
+    backward = graph.target.flip(1)
+    for name, target, teacherless in (("standard", graph.target, False), ("teacherless", graph.target, True), ("reverse", backward, False)):
+        fed = inputs(task, graph.prefix, target, teacherless)[0, task.prefix_len:].tolist()
+        print(f"{name:<18}fed after the prefix: {fed}, to predict: {target[0].tolist()}")
+
+    print("\ntime of                                    ms   (median of 5)")
+    train = Graphs(*(x[:10_000] for x in task.sample(10_000, stream)))
+    fixed, fresh = Batches(task, 64, 0, "cpu", train), Batches(task, 64, 0, "cpu")
+    for name, function in (("sampling 10,000 graphs", lambda: task.sample(10_000, stream)),
+                           ("a batch of 64 fresh graphs", lambda: fresh(1)),
+                           ("a batch of 64 graphs of a fixed set", lambda: fixed(1))):
+        print(f"{name:<36}{median_ms(function):9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752) in pure PyTorch: the selective scan, the block, the model, the one-token step.
+
+    python mamba.py                  # check the scan against the loop, time both, time a training step
+
+Symbols, paper -> here: x -> u (b, l, d), Delta -> delta (b, l, d), A (d, n), B and C (b, l, n), D (d), h (b, d, n), with
+b sequences, l tokens, d = expand * d_model channels and n = d_state states a channel. Parameter names are those of the
+reference implementation (state-spaces/mamba), so weights move 1:1.
+"""
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import einsum, rearrange
+
+from model import causal_conv
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The selective scan, twice: as the definition, and fast.
+
+
+def selective_scan_ref(u, delta, A, B, C, D):
+    """The recurrence as a plain loop over time: the definition that everything else is tested against.
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t . h_t + D u_t  (Mamba paper, algorithm 2 and eq. 2a, 2b)
+    u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d) -> y (b, l, d), in the dtype of u.
+    """
+    h = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype, device=u.device)
+    y = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(einsum(delta[:, t], A, "b d, d n -> b d n"))
+        h = decay * h + einsum(delta[:, t] * u[:, t], B[:, t], "b d, b n -> b d n")
+        y.append(einsum(h, C[:, t], "b d n, b n -> b d") + D * u[:, t])
+    return torch.stack(y, dim=1)
+
+
+# Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE kernel, which
+# keeps the state h in registers and writes nothing of size (b, l, d, n); longer chunks only cost compile time.
+CHUNK = 16
+
+
+def walk(x, delta, A, B, h):
+    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T], each (b, d, n)."""
+    h, decay = [h], []
+    for t in range(x.shape[1]):
+        decay.append(torch.exp(delta[:, t, :, None] * A))
+        h.append(decay[t] * h[t] + x[:, t, :, None] * B[:, t, None, :])
+    return h, decay
+
+
+def chunk_forward(x, delta, A, B, C, h):
+    """One chunk with x = delta * u, from the state h -> y (b, T, d) without the skip D u, and the last state."""
+    h, _ = walk(x, delta, A, B, h)
+    y = [(h[t + 1] * C[:, t, None, :]).sum(2) for t in range(x.shape[1])]
+    return torch.stack(y, dim=1), h[-1]
+
+
+# The gradient walks each chunk forwards again and then back: recomputing h costs one exp, storing it costs memory and
+# its bandwidth. It is cut in two because a kernel can keep its sums in registers along one axis only: over the states
+# n (for x and delta), or over the channels d (for B and C).
+
+
+def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
+    """Gradients that sum over n -> dx (b, T, d), ddelta (b, T, d), dA (b, d, n), and dh (b, d, n) of the state before."""
+    h, decay = walk(x, delta, A, B, h)
+    dx, ddelta, dA = [], [], torch.zeros_like(dh)
+    for t in reversed(range(x.shape[1])):
+        dh = dh + dy[:, t, :, None] * C[:, t, None, :]
+        dlog = dh * (decay[t] * h[t])  # gradient of delta_t A, the logarithm of the decay
+        dx.append((dh * B[:, t, None, :]).sum(2))
+        ddelta.append((dlog * A).sum(2))
+        dA = dA + dlog * delta[:, t, :, None]
+        dh = dh * decay[t]
+    return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
+
+
+def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
+    """Gradients that sum over d -> dB, dC (b, T, n)."""
+    h, decay = walk(x, delta, A, B, h)
+    dB, dC = [], []
+    for t in reversed(range(x.shape[1])):
+        dh = dh + dy[:, t, :, None] * C[:, t, None, :]
+        dB.append((dh * x[:, t, :, None]).sum(1))
+        dC.append((h[t + 1] * dy[:, t, :, None]).sum(1))
+        dh = dh * decay[t]
+    return torch.stack(dB[::-1], 1), torch.stack(dC[::-1], 1)
+
+
+class Kernel:
+    """A chunk function, compiled at its first call; where there is no compiler, run as it is."""
+    enabled = True  # train.py --no-compile clears it
+
+    def __init__(self, function):
+        self.function = function
+        self.compiled = torch.compile(function, options={"max_fusion_size": 1000})
+
+    def __call__(self, *tensors):
+        if Kernel.enabled:
+            try:
+                return self.compiled(*tensors)
+            except Exception as error:  # what the compiler raises differs by back end
+                Kernel.enabled = False
+                print(f"selective_scan: no working compiler ({type(error).__name__}), running uncompiled", file=sys.stderr)
+        return self.function(*tensors)
+
+
+forward_kernel, backward_n_kernel, backward_d_kernel = map(Kernel, (chunk_forward, chunk_backward_n, chunk_backward_d))
+
+
+def chunks(*tensors):
+    """Cut (b, l, ...) tensors into lists of (b, CHUNK, ...); zeros fill the last one (delta 0 leaves the state alone)."""
+    pad = -tensors[0].shape[1] % CHUNK
+    return zip(*(F.pad(x, (0, 0, 0, pad)).split(CHUNK, dim=1) for x in tensors))
+
+
+# An operator, so that a compiled model calls the scan instead of tracing through its loops.
+@torch.library.custom_op("pitfalls::scan", mutates_args=())
+def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+         ) -> tuple[torch.Tensor, torch.Tensor]:
+    """x = delta * u -> y (b, l, d) without the skip, and the state at the start of each chunk (chunks, b, d, n)."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    y, starts = [], []
+    for x_t, delta_t, B_t, C_t in chunks(x, delta, B, C):
+        starts.append(h)
+        y_t, h = forward_kernel(x_t, delta_t, A, B_t, C_t, h)
+        y.append(y_t)
+    return torch.cat(y, dim=1)[:, :x.shape[1]].contiguous(), torch.stack(starts)
+
+
+@torch.library.custom_op("pitfalls::scan_backward", mutates_args=())
+def scan_backward(dy: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+                  C: torch.Tensor, starts: torch.Tensor
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, delta, A, B, C from that of y."""
+    dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(A)
+    grads = []
+    for (dy_t, x_t, delta_t, B_t, C_t), h in reversed(list(zip(chunks(dy, x, delta, B, C), starts))):
+        inputs = (x_t, delta_t, A, B_t, C_t, h, dy_t, dh)
+        dx, ddelta, dA_t, dh = backward_n_kernel(*inputs)
+        grads.append((dx, ddelta, *backward_d_kernel(*inputs)))
+        dA += dA_t.sum(0)
+    dx, ddelta, dB, dC = (torch.cat(g[::-1], dim=1)[:, :x.shape[1]].contiguous() for g in zip(*grads))
+    return dx, ddelta, dA, dB, dC
+
+
+@scan.register_fake
+def _(x, delta, A, B, C):
+    return torch.empty_like(x), x.new_empty(-(-x.shape[1] // CHUNK), x.shape[0], *A.shape)
+
+
+@scan_backward.register_fake
+def _(dy, x, delta, A, B, C, starts):
+    return tuple(torch.empty_like(g) for g in (x, delta, A, B, C))
+
+
+scan.register_autograd(lambda ctx, dy, _: scan_backward(dy.contiguous(), *ctx.saved_tensors),
+                       setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
+
+
+def selective_scan(u, delta, A, B, C, D):
+    """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1.
+
+    Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says; returns the dtype of u.
+    """
+    dtype = u.dtype
+    u, delta, A, B, C, D = (x if x.dtype == torch.float64 else x.float() for x in (u, delta, A, B, C, D))
+    y, _ = scan(delta * u, delta.contiguous(), A, B.contiguous(), C.contiguous())
+    return (y + D * u).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block and the model.
+
+
+@dataclass
+class MambaConfig:
+    vocab_size: int
+    n_layer: int = 8
+    d_model: int = 64
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    embed_std: float = 0.02
+
+
+class Mixer(nn.Module):
+    """The Mamba block (Mamba paper, figure 3 and section 3.4): gate x SSM(conv(x)), between two projections."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, n = config.expand * config.d_model, config.d_state
+        self.dt_rank = math.ceil(config.d_model / 16)
+        self.in_proj = nn.Linear(config.d_model, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
+        self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d)
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d, 1))  # S4D-real: A = -1 .. -n
+        self.D = nn.Parameter(torch.ones(d))
+        self.out_proj = nn.Linear(d, config.d_model, bias=False)
+        # step sizes log-uniform in [1e-3, 1e-1]; the bias is the inverse of softplus (Mamba paper, section 3.6)
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.out_proj.weight /= math.sqrt(config.n_layer)  # one residual branch a layer
+
+    def ssm_inputs(self, u):
+        """The input-dependent parameters of the scan: delta (..., d), B and C (..., n) from u (..., d)."""
+        n = self.A_log.shape[1]
+        dt, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
+        return F.softplus(self.dt_proj(dt).float()), B, C
+
+    def forward(self, x):
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
+        u = F.silu(causal_conv(u, self.conv1d))
+        delta, B, C = self.ssm_inputs(u)
+        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D)
+        return self.out_proj(y * F.silu(gate))
+
+    def step(self, x, state):
+        """One token: x (b, d_model), state (last d_conv - 1 inputs of the convolution, h (b, d, n)) -> y, state."""
+        past, h = state
+        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, d) each
+        window = torch.cat([past, u[:, None]], dim=1)
+        u = F.silu(einsum(window, self.conv1d.weight[:, 0], "b k d, d k -> b d") + self.conv1d.bias)
+        delta, B, C = self.ssm_inputs(u)
+        decay = torch.exp(delta[:, :, None] * -torch.exp(self.A_log.float()))
+        h = decay * h + (delta * u)[:, :, None] * B[:, None, :]
+        y = einsum(h, C, "b d n, b n -> b d") + self.D * u
+        return self.out_proj(y * F.silu(gate)), (window[:, 1:], h)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.mixer = Mixer(config)
+
+    def forward(self, x):
+        return x + self.mixer(self.norm(x))
+
+
+class Mamba(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.ModuleDict(dict(
+            embedding=nn.Embedding(config.vocab_size, config.d_model),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
+        # the projections keep PyTorch's own initialisation, as in the reference; only the embedding is redrawn
+        nn.init.normal_(self.backbone.embedding.weight, std=config.embed_std)
+
+    def blocks(self):
+        return self.backbone.layers
+
+    def forward(self, idx):
+        """Token ids (b, l) -> logits (b, l, vocab_size); the head is tied to the embedding."""
+        x = self.backbone.embedding(idx)
+        for layer in self.backbone.layers:
+            x = layer(x)
+        return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight)
+
+    def step(self, token, state=None):
+        """One token in constant time and memory: token (b,), state of the last call (None: at the start)
+        -> logits (b, vocab_size), state. Equal to the last position of `forward`."""
+        x = self.backbone.embedding(token)
+        new_state = []
+        for i, layer in enumerate(self.backbone.layers):
+            if state is None:
+                d, n = layer.mixer.A_log.shape
+                past = x.new_zeros(len(x), layer.mixer.conv1d.kernel_size[0] - 1, d), x.new_zeros(len(x), d, n)
+            else:
+                past = state[i]
+            y, past = layer.mixer.step(layer.norm(x), past)
+            x = x + y
+            new_state.append(past)
+        return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight), new_state

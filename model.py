@@ -1,0 +1,126 @@
+"""A compact GPT, with GPT-2's layout and parameter names, and greedy decoding for any model.
+
+    python model.py                  # count the parameters, time a training step beside its bare matrix products
+
+Sources: Radford et al. 2019 (GPT-2); the paper's GPT-Mini is 12 layers, width 384, 6 heads and `short_conv` 0.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from data import PathStar, UserError, inputs, median_ms, random_stream
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int       # the longest input, in tokens
+    n_layer: int = 8
+    n_head: int = 1
+    n_embd: int = 64
+    short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT of the paper
+    embed_std: float = 0.02  # standard deviation of the token embeddings at the start
+
+
+def causal_conv(x, conv):
+    """A causal depthwise nn.Conv1d along t of x (b, t, d), as shifted products that a compiler fuses into one pass."""
+    t, k = x.shape[1], conv.kernel_size[0]
+    x = F.pad(x, (0, 0, k - 1, 0))
+    y = sum(x[:, i:i + t] * conv.weight[:, 0, i] for i in range(k))
+    return y if conv.bias is None else y + conv.bias
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, k = config.n_embd, config.short_conv
+        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning to look one
+        # token back; the convolution, the same that a Mamba block holds, has that from the first step.
+        self.conv = nn.Conv1d(d, d, k, groups=d, bias=False) if k else None
+        self.ln_1 = nn.LayerNorm(d)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(d)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        if self.conv is not None:
+            x = x + causal_conv(x, self.conv)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids (b, t), t at most block_size -> logits (b, t, vocab_size); the head is tied to the embedding.
+
+    Raises UserError if n_head does not divide n_embd.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_head {config.n_head}: must divide n_embd {config.n_embd}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution keeps PyTorch's
+            if name == "wte.weight":
+                nn.init.normal_(p, std=config.embed_std)
+            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def blocks(self):
+        return self.h
+
+    def forward(self, idx):
+        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]
+        for block in self.h:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+
+@torch.no_grad()
+def generate(model, task, prefix, teacherless):
+    """The model's own answer by greedy decoding: prefix (n, prefix_len) -> (n, target_len), long.
+
+    A standard model writes a token a pass and reads it back; a teacherless one writes all of them in one pass.
+    """
+    if teacherless:
+        blank = prefix.new_zeros(len(prefix), task.target_len)
+        return model(inputs(task, prefix, blank, teacherless))[:, -task.target_len:].argmax(-1)
+    tokens = prefix
+    for _ in range(task.target_len):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[:, task.prefix_len:]

@@ -1,0 +1,477 @@
+"""Train a GPT or a Mamba to find the path in a star graph: by teacher forcing, teacherless, or on reversed targets.
+
+    python train.py --model mamba --teacherless          # solves G(2,5) from scratch
+    python train.py --model mamba                        # standard training: stays at a coin flip, 1/d
+    python train.py --preset paper                       # the paper's sizes and optimiser, for a GPU
+
+A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (one JSON object an evaluation: step, samples, loss,
+accuracy, token_accuracy, seconds, lr, ...; accuracies are fractions of 1). Ctrl-C saves; --resume goes on, to the bit.
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import mamba
+from data import Batches, Graphs, Parser, UserError, inputs, load, number, sample_test_set, sample_train_set, without
+from eval import build, evaluate, load_run, objective, percent, pick_device
+
+PRESETS = {
+    # minutes on two CPU cores: one recipe for both models and every objective
+    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, embed_std=0.2, batch_size=64, optimizer="muon",
+                  lr=3e-3, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
+    # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
+    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, embed_std=0.02, batch_size=256, optimizer="adamw",
+                  lr=5e-4, weight_decay=0.01, warmup=100, max_steps=390_500, cooldown=0),
+}
+CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs answered right, and
+SOLVED = 0.8       # the share from which the learning rate is brought down
+QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole test set decides whether a run is solved
+FREE = ("max_steps", "stop_at", "eval_every", "device", "dtype", "compile", "out_dir")  # may change when a run is resumed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings.
+
+
+def flags():
+    """name -> default (None: the preset's), argparse options."""
+    whole = lambda least, most=10**9: dict(type=number(int, least, most))
+    real = lambda least, most: dict(type=number(float, least, most))
+    switch, path = dict(action="store_true"), dict(metavar="PATH")
+    return {
+        "preset": ("quick", dict(choices=PRESETS), "settings to start from; any flag given beside it wins"),
+        "model": ("gpt", dict(choices=("gpt", "mamba")), "the architecture"),
+        "teacherless": (False, switch, "feed `$` in place of the answer and predict all of it in one pass"),
+        "reverse": (False, switch, "write the path goal first"),
+        "deg": (2, whole(1, 10_000), "arms of the graph, d"),
+        "path_len": (5, whole(2, 10_000), "nodes of the path, l"),
+        "num_nodes": (50, whole(2, 10**6), "node values, N"),
+        "n_train": (200_000, whole(0), "training graphs; 0: fresh ones at every step"),
+        "n_test": (10_000, whole(1), "test graphs"),
+        "train_file": (None, path, "train on this file of official text"),
+        "test_file": (None, path, "test on this file of official text"),
+        "n_layer": (None, whole(1, 1000), "blocks"),
+        "n_embd": (None, whole(1, 100_000), "width of the residual stream"),
+        "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
+        "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
+        "d_state": (16, whole(1, 10_000), "states of a channel (mamba)"),
+        "embed_std": (None, real(0, 100), "standard deviation of the embeddings at the start"),
+        "batch_size": (None, whole(1), "graphs a step"),
+        "max_steps": (None, whole(1), "steps at most"),
+        "optimizer": (None, dict(choices=("muon", "adamw")), "muon (with AdamW for all but the hidden matrices) or adamw"),
+        "lr": (None, real(0, 10), "learning rate of AdamW"),
+        "muon_lr": (0.01, real(0, 10), "learning rate of Muon"),
+        "weight_decay": (None, real(0, 10), "weight decay of the hidden matrices"),
+        "warmup": (None, whole(0), "steps of linear warm-up"),
+        "cooldown": (None, whole(0), f"steps of linear decay at the end, which comes when {SOLVED:.0%} of the training graphs "
+                                     "are answered right, at the latest at max_steps; 0: a constant rate"),
+        "eval_every": (250, whole(1), "steps between evaluations"),
+        "stop_at": (0.999, real(0, 1), "exact match on the test set at which to stop; 0: never"),
+        "seed": (0, whole(0, 2**32 - 1), "seed of the weights and of the training graphs"),
+        "device": ("auto", {}, "cuda, mps or cpu; auto: the first one there"),
+        "dtype": ("auto", dict(choices=("auto", "float32", "bfloat16")), "of the matrix products; auto: bfloat16 on CUDA"),
+        "compile": (True, dict(action=argparse.BooleanOptionalAction), "torch.compile the blocks and the scan"),
+        "out_dir": (None, path, "the run's folder (default: out/ and a name made from the settings)"),
+        "resume": (False, switch, "go on with the run in the folder"),
+    }
+
+
+def parse(argv=None):
+    """The command line -> parser, the flags that were given (dict)."""
+    parser = Parser(__doc__)
+    for name, (default, options, text) in flags().items():
+        shown = "the preset's" if default is None and name in PRESETS["quick"] else default
+        if "type" in options:
+            options["metavar"] = "X"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default {shown})", **options)
+    return parser, vars(parser.parse_args(argv))
+
+
+def settle(given):
+    """The flags that were given -> every setting (dict). Raises UserError for flags that contradict each other."""
+    settings = {name: default for name, (default, _, _) in flags().items()}
+    settings |= PRESETS[given.get("preset", "quick")] | given
+    without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"), ("d_state", "model", "gpt"),
+                      ("muon_lr", "optimizer", "adamw")]
+    for name, other, value in without_effect:
+        if name in given and settings[other] == value:
+            raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
+    for name, other in (("n_train", "train_file"), ("n_test", "test_file")):
+        if name in given and other in given:
+            raise UserError(f"--{name} {given[name]}: has no effect with --{other}; leave one of them out")
+    if 0 < settings["n_train"] < settings["batch_size"] and not settings["train_file"]:
+        raise UserError(f"--batch_size {settings['batch_size']}: at most the {settings['n_train']} graphs of --n_train")
+    return settings
+
+
+def default_folder(given, settings):
+    """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
+    said = ("preset", "model", "teacherless", "reverse", "deg", "path_len", "num_nodes", "seed", "resume", *FREE)
+    extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
+    preset = [] if settings["preset"] == "quick" else [settings["preset"]]
+    return Path("out", "-".join([settings["model"], objective(settings).replace(" ", "_"), f"G{settings['deg']},{settings['path_len']}",
+                                 f"N{settings['num_nodes']}", *preset, *extra, f"seed{settings['seed']}"]))
+
+
+def pick_dtype(name, device):
+    """--dtype -> dtype of the matrix products."""
+    bf16 = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if name == "bfloat16" and not bf16:
+        raise UserError(f"--dtype bfloat16: not on this {device.type} device; float32 works")
+    return torch.bfloat16 if name == "bfloat16" or name == "auto" and device.type == "cuda" and bf16 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation.
+
+
+def parameter_groups(model):
+    """Named, disjoint and complete: the matrices of the blocks, which Muon takes and weight decay shrinks, and the rest
+    (embeddings, norms, biases, convolutions, and Mamba's A_log and D, which have two and one dimension but are no maps)."""
+    groups = {"matrices": {}, "rest": {}}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    for name, p in model.named_parameters():
+        groups["matrices" if id(p) in linear else "rest"][name] = p
+    return groups
+
+
+def make_optimizers(model, settings):
+    """The optimisers of a run; `base_lr` in each group is its rate before the schedule."""
+    matrices, rest = (list(group.values()) for group in parameter_groups(model).values())
+    adamw = [dict(params=rest, lr=settings["lr"], weight_decay=0.0)]
+    optimizers = []
+    if settings["optimizer"] == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"]))
+    else:
+        adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
+    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def last_step(settings, solved_at):
+    """The step at which training ends: max_steps, or `cooldown` steps after the training graphs were solved."""
+    if solved_at is None or not settings["cooldown"]:
+        return settings["max_steps"]
+    return min(settings["max_steps"], solved_at + settings["cooldown"])
+
+
+def rate(step, settings, solved_at):
+    """The learning rate at a step, as a share of its base: warm-up, plateau, linear decay to 0 at the last step.
+
+    The paths are learnt hop by hop from the goal, each as a sharp jump, at steps that nobody knows beforehand: a rate
+    that decays by the clock starves the last hop, one that never decays stays at about 95 %. So the decay follows
+    the progress.
+    """
+    warm = min(1, (step + 1) / max(1, settings["warmup"]))
+    cooldown = min(settings["cooldown"], settings["max_steps"] // 2)
+    return warm * min(1, (last_step(settings, solved_at) - step) / cooldown) if cooldown else warm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder. It appears whole, by renaming, and every file in it is replaced whole: so whenever a run is killed,
+# what lies there can be resumed and evaluated.
+
+
+@contextlib.contextmanager
+def disk(folder):
+    """Turn what the file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); what was saved before is kept") from None
+
+
+def write_whole(path, content):
+    """Write bytes to a file so that it holds, at every moment, all of the old content or all of the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(folder, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(folder / "ckpt.pt", buffer.getvalue())
+
+
+def lock(folder):
+    """Hold the folder for this process until it ends, however it ends. Where the system has no flock, do without."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out_dir {folder}: another process is writing this run") from None
+
+
+def create_folder(folder, settings, state):
+    """Make the folder of a new run, with its settings and its first checkpoint."""
+    with disk(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "a run already" if (folder / "config.json").exists() else "something else"
+            raise UserError(f"--out_dir {folder}: holds {what}; --resume goes on with a run, another folder starts a new one")
+        new = folder.with_name(f".{folder.name}.{os.getpid()}")
+        new.mkdir(parents=True)
+        lock(new)
+        write_whole(new / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
+        save_checkpoint(new, state)
+        write_whole(new / "log.jsonl", b"")
+        os.rename(new, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+
+
+def load_graphs(task, settings):
+    """The training graphs (None: fresh ones at every step) and the test graphs; they share none."""
+    test = load(settings["test_file"], task) if settings["test_file"] else sample_test_set(task, settings["n_test"])
+    if settings["train_file"]:
+        train = without(everything := load(settings["train_file"], task), test)
+        if len(train.prefix) < len(everything.prefix):
+            print(f"left out of the training set: {len(everything.prefix) - len(train.prefix):,} graphs that are test graphs")
+        if len(train.prefix) < settings["batch_size"]:
+            raise UserError(f"--train_file {settings['train_file']}: has {len(train.prefix)} graphs to train on, fewer than "
+                            f"--batch_size {settings['batch_size']}")
+        return train, test
+    return sample_train_set(task, settings["n_train"], settings["seed"], test) if settings["n_train"] else None, test
+
+
+def compiler_works(device):
+    """Whether torch.compile has what it needs here (on a CPU: a C++ compiler)."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+        return True
+    except Exception as error:  # what the compiler raises differs by back end
+        print(f"no working compiler ({type(error).__name__}): running uncompiled, which is slower", file=sys.stderr)
+        return False
+
+
+def minutes(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def reopen(folder, given):
+    """Settings and checkpoint of the run to resume, now locked. Raises UserError if the flags given ask for another run."""
+    if not folder.is_dir():
+        raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
+    lock(folder)
+    settings, state = load_run(folder)
+    for name in given.keys() - {"resume", "preset", *FREE}:
+        if given[name] != settings[name]:
+            raise UserError(f"--{name} {given[name]}: the run in {folder} has {settings[name]}; leave the flag out to resume it")
+    return settings | {name: given[name] for name in FREE if name in given}, state
+
+
+def restore(run, state, folder):
+    """Put a run back to its checkpoint, and its log file with it: lines behind the checkpoint will be written again."""
+    try:
+        run.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{folder / 'ckpt.pt'}: does not fit its settings ({str(error).splitlines()[0]})") from None
+    with disk(folder):
+        write_whole(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
+
+
+class Run:
+    """Everything that a checkpoint holds or that is rebuilt from the settings, and the two things done with it."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.device = pick_device(settings["device"])
+        self.dtype = pick_dtype(settings["dtype"], self.device)
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA; nothing changes on a CPU
+        torch.manual_seed(settings["seed"])
+        self.task, self.model = build(settings)
+        self.model.to(self.device)
+        self.optimizers = make_optimizers(self.model, settings)
+        train_graphs, self.test = load_graphs(self.task, settings)
+        self.batches = Batches(self.task, settings["batch_size"], settings["seed"], self.device, train_graphs)
+        self.step, self.seconds, self.solved_at, self.log = 0, 0.0, None, []
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
+        self.hits = torch.zeros((), device=self.device)      # training graphs answered right since the last check
+        self.losses = torch.zeros(CHECK_EVERY, device=self.device)  # of the steps since the last check
+        mamba.Kernel.enabled = settings["compile"]
+        if settings["compile"] and compiler_works(self.device):
+            for block in self.model.blocks():
+                block.compile()
+
+    SAVED = ("step", "seconds", "solved_at", "log", "loss_sum", "hits")
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in self.SAVED} | dict(
+            settings=self.settings, model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for name in self.SAVED:
+            value = state[name]
+            setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def train_step(self):
+        """One step of gradient descent on the batch of this step. Nothing in it waits for the device."""
+        prefix, target = self.batches(self.step)
+        with self.autocast():
+            logits = self.model(inputs(self.task, prefix, target, self.settings["teacherless"]))
+        logits = logits[:, -self.task.target_len:].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss.backward()
+        share = rate(self.step, self.settings, self.solved_at)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["base_lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+        self.losses[self.step % CHECK_EVERY] = loss.detach()
+        self.loss_sum += loss.detach()
+        self.hits += (logits.argmax(-1) == target).all(1).sum()
+        self.step += 1
+        if self.step % CHECK_EVERY == 0:
+            self.check()
+
+    def check(self):
+        """Look at the losses of the last steps, and at how many training graphs were answered right in them."""
+        steps = self.step % CHECK_EVERY or CHECK_EVERY
+        for i, loss in enumerate(self.losses[:steps].tolist()):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss was {loss} at step {self.step - steps + i + 1}")
+        if steps == CHECK_EVERY:
+            if self.solved_at is None and self.hits.item() > SOLVED * CHECK_EVERY * self.settings["batch_size"]:
+                self.solved_at = self.step
+            self.hits.zero_()
+
+    def evaluate(self):
+        """Measure the model, on all test graphs if it may be solved or at its end -> a line of the log (dict)."""
+        measure = lambda graphs: evaluate(self.model, self.task, graphs, self.settings["teacherless"], self.settings["batch_size"])
+        graphs = Graphs(*(x[:QUICK_TEST] for x in self.test))
+        with self.autocast():
+            result = measure(graphs)
+            if self.at_end() or self.solved(result):
+                result, graphs = measure(self.test), self.test
+        if not math.isfinite(result["loss"]):
+            raise FloatingPointError(f"the weights gave a loss of {result['loss']} after step {self.step}")
+        since = self.step - (self.log[-1]["step"] if self.log else 0)
+        line = dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.loss_sum.item() / since,
+                    accuracy=result["accuracy"], token_accuracy=result["token_accuracy"], seconds=round(self.seconds, 1),
+                    lr=self.settings["lr"] * rate(self.step - 1, self.settings, self.solved_at), test_loss=result["loss"],
+                    test_graphs=len(graphs.target)) | {k: v for k, v in result.items() if k == "clever_hans"}
+        self.loss_sum.zero_()
+        self.log.append(line)
+        return line
+
+    def at_end(self):
+        return self.step >= last_step(self.settings, self.solved_at)
+
+    def solved(self, result):
+        return 0 < self.settings["stop_at"] <= result["accuracy"]
+
+
+def describe(run, folder):
+    """What a run will do, in two lines."""
+    s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
+    data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
+    yield (f"{run.task}: {s['model']}, {objective(s)}, {parameters:,} parameters, {s['optimizer']}, "
+           f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; chance 1/d = {percent(1 / s['deg'])} %")
+    yield (f"{run.device.type}, {str(run.dtype)[6:]}, {'compiled' if s['compile'] else 'not compiled'}, "
+           f"at most {s['max_steps']:,} steps of {s['batch_size']} graphs; into {folder}")
+
+
+def report(run, line, speed):
+    """One line for an evaluation; `speed` in steps a second."""
+    left = (last_step(run.settings, run.solved_at) - run.step) / speed
+    return (f"step {line['step']:6,} | loss {line['loss']:.4f} | exact {percent(line['accuracy']):>5} % (chance {percent(1 / run.task.deg)}) | "
+            f"tokens {' '.join(percent(x) for x in line['token_accuracy'])} | {speed * run.settings['batch_size']:,.0f} samples/s | "
+            f"{minutes(line['seconds'])}, {minutes(left)} left")
+
+
+def train(run, folder, signals):
+    """Train until solved, to the end, or until a signal has come in; saves at each evaluation and when it stops."""
+    begin, first_step, first_seconds = time.perf_counter(), run.step, run.seconds
+    while True:
+        line = run.log[-1] if run.log else None
+        done = line and run.solved(line) and line["test_graphs"] == len(run.test.target) or run.at_end()
+        due = run.step and (run.step % run.settings["eval_every"] == 0 or run.at_end()) and (not line or line["step"] < run.step)
+        if due or signals:
+            run.check()
+            run.seconds = first_seconds + time.perf_counter() - begin
+        if due:
+            line = run.evaluate()
+            with disk(folder), open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            speed = (run.step - first_step) / (run.seconds - first_seconds)
+            print(report(run, line, speed), flush=True)
+        if due or signals:
+            with disk(folder):
+                save_checkpoint(folder, run.state_dict())
+        if signals or done and not due:
+            return
+        if not due:
+            run.train_step()
+
+
+def main(argv=None):
+    parser, given = parse(argv)
+    signals = []
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        print(f"{signal.Signals(number).name}: saving ...", file=sys.stderr, flush=True)
+
+    try:
+        settings = settle(given)
+        folder = Path(settings["out_dir"] or default_folder(given, settings))
+        state = None
+        if given.get("resume"):
+            settings, state = reopen(folder, given)
+        run = Run(settings)
+        if state:
+            restore(run, state, folder)
+        else:
+            create_folder(folder, settings, run.state_dict())
+        print(*describe(run, folder), sep="\n", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        train(run, folder, signals)
+    except UserError as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
+    if signals:
+        print(f"saved at step {run.step:,}; to go on: python train.py --resume --out_dir {folder}")
+        sys.exit(128 + signals[0])
+    line = run.log[-1]
+    found = "solved" if line["accuracy"] >= 0.99 else "not solved"
+    print(f"{found}: {percent(line['accuracy'])} % exact match on {line['test_graphs']:,} unseen graphs after {run.step:,} steps, "
+          f"{line['samples']:,} samples, {minutes(run.seconds)} minutes\npython eval.py {folder}")
+
+
+if __name__ == "__main__":
+    main()
