@@ -1,10 +1,10 @@
 """The task: path-star graphs, as graphs, as tokens, as the official text, as training batches.
 
-A path-star graph G(d, l) has d arms of l - 1 nodes that all leave one start node. The model reads the shuffled edges,
-the start and the goal (the last node of one arm), and must write the path from start to goal: l nodes.
+A path-star graph G(d, l) has d arms of l - 1 nodes that all leave one start node. The model reads the
+shuffled edges, the start and the goal (the last node of one arm), and must write the path: l nodes.
 
-    python data.py                               # draw a graph; show its text, its tokens, what a model is fed; time it
-    python data.py --write test.txt --n 20000    # write official text, which train.py and eval.py take as --test_file
+    python data.py                             # a graph, its text, its tokens, what a model is fed
+    python data.py --write test.txt --n 20000  # official text, for --test_file of train.py and eval.py
 
 Source: Bachmann & Nagarajan, "The pitfalls of next-token prediction", ICML 2024, section 4.
 """
@@ -20,7 +20,7 @@ import torch
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message is one line that names the setting, its value and what would work."""
+    """A user's mistake: one line that names the setting, its value and what would work."""
 
 
 class Graphs(NamedTuple):
@@ -35,7 +35,7 @@ class PathStar:
     """The graph G(deg, path_len) with labels drawn from `num_nodes` values, and its tokens.
 
     Node v is token v; then come `|`, `=`, `/` and the dummy `$` of teacherless training. Commas carry no token.
-    Raises UserError (a ValueError), naming the smallest value that works, where no such graph exists.
+    Raises UserError (a ValueError), naming the smallest value that works, where there is no such graph.
     """
     deg: int
     path_len: int
@@ -64,7 +64,7 @@ class PathStar:
     def sample(self, n, generator):
         """Draw n graphs with, and on the device of, a torch.Generator -> Graphs."""
         random = lambda size: torch.rand(n, size, generator=generator, device=generator.device)
-        nodes = random(self.num_nodes).argsort(1)[:, :1 + self.num_edges]  # distinct: the head of a permutation
+        nodes = random(self.num_nodes).argsort(1)[:, :1 + self.num_edges]  # the head of a permutation
         start, arms = nodes[:, :1], nodes[:, 1:].view(n, self.deg, self.path_len - 1)
         parents = torch.cat([start[:, None].expand(n, self.deg, 1), arms[:, :, :-1]], 2)
         edges = torch.stack([parents, arms, torch.full_like(arms, self.bar)], 3).view(n, self.num_edges, 3)
@@ -76,29 +76,31 @@ class PathStar:
         return Graphs(prefix, target.flip(1) if self.reverse else target, arms)
 
     def encode(self, text):
-        """One line of official text (path from start to goal, always) -> prefix (prefix_len,), target (target_len,).
+        """One line of official text -> prefix (prefix_len,), target (target_len,), long.
 
+        The text has the path from start to goal whatever the task; a reversed task's target is its mirror image.
         Raises ValueError if the line is not, to the letter, a graph of this task with its path.
         """
         prefix, target, _ = self._parse(text)
         return torch.tensor(prefix), torch.tensor(target)
 
     def decode(self, prefix, target):
-        """The inverse of `encode`: prefix (prefix_len,), target (target_len,) -> one line of official text."""
-        prefix, target = prefix.tolist(), target.tolist()
+        """The inverse of `encode`: prefix (prefix_len,), target (target_len,) -> a line of official text."""
+        prefix, path = prefix.tolist(), target.tolist()[::-1 if self.reverse else 1]
         edges = "|".join(f"{u},{v}" for u, v in zip(prefix[:-3:3], prefix[1:-3:3]))
-        return f"{edges}/{prefix[-3]},{prefix[-2]}={','.join(map(str, target[::-1] if self.reverse else target))}"
+        return f"{edges}/{prefix[-3]},{prefix[-2]}={','.join(map(str, path))}"
 
     def _parse(self, text):
         """A line of official text -> its prefix, target and arms as lists."""
         node, E = "(?:0|[1-9][0-9]*)", self.num_edges
         if not re.fullmatch(rf"{node},{node}(?:\|{node},{node}){{{E - 1}}}/{node},{node}={node}"
                             rf"(?:,{node}){{{self.path_len - 1}}}", text):
-            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges and a path of {self.path_len} nodes")
+            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges and {self.path_len} nodes in the path")
         numbers = [int(x) for x in re.findall("[0-9]+", text)]
         if max(numbers) >= self.num_nodes:
             raise ValueError(f"node {max(numbers)} is out of range: num_nodes is {self.num_nodes}")
-        edges, (start, goal), path = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2])), numbers[2 * E:2 * E + 2], numbers[2 * E + 2:]
+        edges = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2]))
+        start, goal, *path = numbers[2 * E:]
         following = dict(edges)  # within an arm every node has one successor
         arms = [[v] for u, v in edges if u == start]
         for arm in arms:
@@ -116,7 +118,7 @@ class PathStar:
 
 
 def load(path, task):
-    """Read a file of official text -> Graphs. Raises UserError with the file and line of the first that is not right."""
+    """Read a file of official text -> Graphs. Raises UserError naming the file and the first line that is wrong."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -148,13 +150,13 @@ def inputs(task, prefix, target, teacherless):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sets of graphs and batches. Every random draw has a key of its own: the graphs of training step s depend on the seed
-# and s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the training stream.
+# Sets of graphs and batches. Every random draw has a key of its own: the graphs of step s depend on the seed and
+# s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the training stream.
 
 
 def random_stream(*key, device="cpu"):
     """A torch.Generator that depends on the integers of `key` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1)[0]  # mixed to 32 bits: all that the CPU generator takes in
+    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the CPU generator takes in
     return torch.Generator(device).manual_seed(int(seed))
 
 
@@ -192,7 +194,7 @@ def sample_train_set(task, n, seed, test):
         missing -= len(pieces[-1].prefix)
         if len(pieces) == 10 and missing == n:
             raise UserError(f"num_nodes {task.num_nodes}: the test set holds every {task.graph}; "
-                             f"take more node values or a smaller n_test")
+                            "take more node values or a smaller n_test")
     return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 
 
@@ -220,7 +222,8 @@ class Batches:
         n = len(self.fixed.prefix)
         epoch, batch = divmod(step, n // self.batch_size)  # the rest of an epoch that fills no batch is left out
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch)).to(self.device)
+            order = torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch))
+            self.epoch, self.order = epoch, order.to(self.device)
         index = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
         return self.fixed.prefix[index].long(), self.fixed.target[index].long()
 
@@ -248,16 +251,17 @@ def number(kind, least, most=float("inf")):
             value = None
         if value is None or not least <= value <= most:
             limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {'an integer' if kind is int else 'a number'} {limit}")
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {name} {limit}")
         return value
     return parse
 
 
 def draw(task, graph):
-    """One graph as a picture in text: an arm a line, the goal's arm marked."""
-    start = graph.prefix[0, -3].item()
+    """One graph as lines of text: an arm a line, the goal's arm first and marked."""
     for i, arm in enumerate(graph.arms[0].tolist()):
-        yield f"{start if i == 0 else '':>6} -> " + " -> ".join(f"{v:2}" for v in arm) + ("   <- the goal" if i == 0 else "")
+        start, mark = (graph.prefix[0, -3].item(), "   <- the goal") if i == 0 else ("", "")
+        yield f"{start:>6} -> " + " -> ".join(f"{v:2}" for v in arm) + mark
 
 
 def median_ms(function, repeats=5):
@@ -274,41 +278,42 @@ def median_ms(function, repeats=5):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--deg", type=number(int, 1, 10**4), default=2, help="arms of the graph, d (default 2)")
-    parser.add_argument("--path_len", type=number(int, 2, 10**4), default=5, help="nodes of the path, l (default 5)")
-    parser.add_argument("--num_nodes", type=number(int, 1, 10**6), default=50, help="node values, N (default 50)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="seed of the graphs (default 0)")
+    for name, default, least, most, text in (
+            ("deg", 2, 1, 10**4, "arms of the graph, d"), ("path_len", 5, 2, 10**4, "nodes of the path, l"),
+            ("num_nodes", 50, 2, 10**6, "node values, N"), ("seed", 0, 0, 2**32 - 1, "seed of the graphs"),
+            ("n", 20_000, 1, 10**8, "graphs to write")):
+        parser.add_argument(f"--{name}", type=number(int, least, most), default=default, metavar="X",
+                            help=f"{text} (default {default})")
     parser.add_argument("--write", metavar="FILE", help="write official text to this new file, and do nothing else")
-    parser.add_argument("--n", type=number(int, 1, 10**8), default=20_000, help="graphs to write (default 20000)")
     args = parser.parse_args()
+    stream = random_stream(TRAIN, args.seed)
     try:
         task = PathStar(args.deg, args.path_len, args.num_nodes)
+        if args.write is not None:
+            save(args.write, task, task.sample(args.n, stream))
+            return print(f"{args.write}: {args.n:,} graphs, {task}")
     except UserError as error:
         parser.error(f"--{error}")
-    stream = random_stream(TRAIN, args.seed)
-    if args.write is not None:
-        try:
-            save(args.write, task, task.sample(args.n, stream))
-        except OSError as error:
-            parser.error(f"--write {args.write}: {error.strerror}")
-        return print(f"{args.write}: {args.n:,} graphs {task.graph}, N={task.num_nodes}")
+    except OSError as error:
+        parser.error(f"--write {args.write}: {error.strerror}")
 
     graph = task.sample(1, stream)
-    print(f"A graph {task.graph} with labels from {task.num_nodes} values\n", *draw(task, graph), sep="\n")
-    print(f"\nofficial text     {task.decode(graph.prefix[0], graph.target[0])}")
-    print(f"prefix tokens     {graph.prefix[0].tolist()}   |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
+    print(f"{task}\n", *draw(task, graph), sep="\n")
+    print(f"\nofficial text   {task.decode(graph.prefix[0], graph.target[0])}")
+    print(f"prefix tokens   {graph.prefix[0].tolist()}")
+    print(f"                |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
     backward = graph.target.flip(1)
-    for name, target, teacherless in (("standard", graph.target, False), ("teacherless", graph.target, True), ("reverse", backward, False)):
+    for name, target, teacherless in (("standard", graph.target, False), ("teacherless", graph.target, True),
+                                      ("reverse", backward, False)):
         fed = inputs(task, graph.prefix, target, teacherless)[0, task.prefix_len:].tolist()
-        print(f"{name:<18}fed after the prefix: {fed}, to predict: {target[0].tolist()}")
+        print(f"{name:<16}fed after the prefix: {fed}, to predict: {target[0].tolist()}")
 
-    print("\ntime of                                    ms   (median of 5)")
-    train = Graphs(*(x[:10_000] for x in task.sample(10_000, stream)))
-    fixed, fresh = Batches(task, 64, 0, "cpu", train), Batches(task, 64, 0, "cpu")
-    for name, function in (("sampling 10,000 graphs", lambda: task.sample(10_000, stream)),
-                           ("a batch of 64 fresh graphs", lambda: fresh(1)),
-                           ("a batch of 64 graphs of a fixed set", lambda: fixed(1))):
-        print(f"{name:<36}{median_ms(function):9.2f}")
+    fixed = Batches(task, 64, 0, "cpu", task.sample(10_000, stream))
+    fresh = Batches(task, 64, 0, "cpu")
+    print("\nmedian of 5, ms")
+    for name, function in (("10,000 graphs, sampled", lambda: task.sample(10_000, stream)),
+                           ("a batch of 64, fresh", lambda: fresh(1)), ("a batch of 64, fixed set", lambda: fixed(1))):
+        print(f"{name:<26}{median_ms(function):7.2f}")
 
 
 if __name__ == "__main__":

@@ -99,11 +99,11 @@ def build(settings):
     """The task and a freshly initialised model of a run's settings (dict)."""
     task = PathStar(settings["deg"], settings["path_len"], settings["num_nodes"], settings["reverse"])
     if settings["model"] == "gpt":
-        config = GPTConfig(task.vocab_size, task.seq_len - 1, settings["n_layer"], settings["n_head"], settings["n_embd"],
-                           settings["short_conv"], settings["embed_std"])
-        return task, GPT(config)
-    return task, Mamba(MambaConfig(task.vocab_size, settings["n_layer"], settings["n_embd"], settings["d_state"],
-                                   embed_std=settings["embed_std"]))
+        names, fixed, kind, config = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1), GPT, GPTConfig
+    else:
+        names, fixed, kind, config = ("d_state",), dict(d_model=settings["n_embd"]), Mamba, MambaConfig
+    shared = {name: settings[name] for name in ("n_layer", "n_unique", *names)}
+    return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 
 
 def load_run(folder):

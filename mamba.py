@@ -8,7 +8,6 @@ reference implementation (state-spaces/mamba), so weights move 1:1.
 """
 import math
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange
 
-from model import causal_conv
+from data import PathStar, median_ms
+from model import causal_conv, time_step
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The selective scan, twice: as the definition, and fast.
@@ -38,55 +38,60 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 
 # Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE kernel, which
-# keeps the state h in registers and writes nothing of size (b, l, d, n); longer chunks only cost compile time.
+# keeps the state h in registers and writes nothing of size (b, l, d, n). Longer chunks spill on a GPU.
 CHUNK = 16
 
 
 def walk(x, delta, A, B, h):
-    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T], each (b, d, n)."""
+    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T]; x[:, t] etc. broadcast to h."""
     h, decay = [h], []
     for t in range(x.shape[1]):
-        decay.append(torch.exp(delta[:, t, :, None] * A))
-        h.append(decay[t] * h[t] + x[:, t, :, None] * B[:, t, None, :])
+        decay.append(torch.exp(delta[:, t] * A))
+        h.append(decay[t] * h[t] + x[:, t] * B[:, t])
     return h, decay
 
 
 def chunk_forward(x, delta, A, B, C, h):
     """One chunk with x = delta * u, from the state h -> y (b, T, d) without the skip D u, and the last state."""
+    x, delta, B, C = x[..., None], delta[..., None], B[:, :, None], C[:, :, None]  # all (b, T, d or 1, n or 1)
     h, _ = walk(x, delta, A, B, h)
-    y = [(h[t + 1] * C[:, t, None, :]).sum(2) for t in range(x.shape[1])]
-    return torch.stack(y, dim=1), h[-1]
+    return torch.stack([(h[t + 1] * C[:, t]).sum(2) for t in range(x.shape[1])], dim=1), h[-1]
 
 
 # The gradient walks each chunk forwards again and then back: recomputing h costs one exp, storing it costs memory and
-# its bandwidth. It is cut in two because a kernel can keep its sums in registers along one axis only: over the states
-# n (for x and delta), or over the channels d (for B and C).
+# bandwidth. It is cut in two because a kernel can keep its sums in registers along one axis only: over the states n
+# (for x and delta), or over the channels d (for B and C).
 
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     """Gradients that sum over n -> dx (b, T, d), ddelta (b, T, d), dA (b, d, n), and dh (b, d, n) of the state before."""
+    x, delta, dy, B, C = x[..., None], delta[..., None], dy[..., None], B[:, :, None], C[:, :, None]
     h, decay = walk(x, delta, A, B, h)
     dx, ddelta, dA = [], [], torch.zeros_like(dh)
     for t in reversed(range(x.shape[1])):
-        dh = dh + dy[:, t, :, None] * C[:, t, None, :]
+        dh = dh + dy[:, t] * C[:, t]
         dlog = dh * (decay[t] * h[t])  # gradient of delta_t A, the logarithm of the decay
-        dx.append((dh * B[:, t, None, :]).sum(2))
+        dx.append((dh * B[:, t]).sum(2))
         ddelta.append((dlog * A).sum(2))
-        dA = dA + dlog * delta[:, t, :, None]
+        dA = dA + dlog * delta[:, t]
         dh = dh * decay[t]
     return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
-    """Gradients that sum over d -> dB, dC (b, T, n)."""
+    """Gradients that sum over d -> dB, dC (b, T, n): over groups of 16 channels, in a GPU's registers, then over groups."""
+    group = 16 if x.shape[2] % 16 == 0 else 1
+    x, delta, dy = (v.unflatten(2, (-1, group))[..., None] for v in (x, delta, dy))  # (b, T, d / group, group, 1)
+    A, h, dh = (v.unflatten(-2, (-1, group)) for v in (A, h, dh))  # (..., d / group, group, n)
+    B, C = B[:, :, None, None], C[:, :, None, None]
     h, decay = walk(x, delta, A, B, h)
     dB, dC = [], []
     for t in reversed(range(x.shape[1])):
-        dh = dh + dy[:, t, :, None] * C[:, t, None, :]
-        dB.append((dh * x[:, t, :, None]).sum(1))
-        dC.append((h[t + 1] * dy[:, t, :, None]).sum(1))
+        dh = dh + dy[:, t] * C[:, t]
+        dB.append((dh * x[:, t]).sum(2))
+        dC.append((h[t + 1] * dy[:, t]).sum(2))
         dh = dh * decay[t]
-    return torch.stack(dB[::-1], 1), torch.stack(dC[::-1], 1)
+    return torch.stack(dB[::-1] + dC[::-1], 1).sum(2).chunk(2, dim=1)
 
 
 class Kernel:
@@ -160,13 +165,17 @@ scan.register_autograd(lambda ctx, dy, _: scan_backward(dy.contiguous(), *ctx.sa
                        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
 
 
+def at_least_fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def selective_scan(u, delta, A, B, C, D):
     """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1.
 
     Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says; returns the dtype of u.
     """
     dtype = u.dtype
-    u, delta, A, B, C, D = (x if x.dtype == torch.float64 else x.float() for x in (u, delta, A, B, C, D))
+    u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
     y, _ = scan(delta * u, delta.contiguous(), A, B.contiguous(), C.contiguous())
     return (y + D * u).to(dtype)
 
@@ -183,7 +192,7 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    embed_std: float = 0.02
+    n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
 class Mixer(nn.Module):
@@ -211,13 +220,13 @@ class Mixer(nn.Module):
         """The input-dependent parameters of the scan: delta (..., d), B and C (..., n) from u (..., d)."""
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
-        return F.softplus(self.dt_proj(dt).float()), B, C
+        return F.softplus(at_least_fp32(self.dt_proj(dt))), B, C
 
     def forward(self, x):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
         u = F.silu(causal_conv(u, self.conv1d))
         delta, B, C = self.ssm_inputs(u)
-        y = selective_scan(u, delta, -torch.exp(self.A_log.float()), B, C, self.D)
+        y = selective_scan(u, delta, -torch.exp(at_least_fp32(self.A_log)), B, C, self.D)
         return self.out_proj(y * F.silu(gate))
 
     def step(self, x, state):
@@ -227,7 +236,7 @@ class Mixer(nn.Module):
         window = torch.cat([past, u[:, None]], dim=1)
         u = F.silu(einsum(window, self.conv1d.weight[:, 0], "b k d, d k -> b d") + self.conv1d.bias)
         delta, B, C = self.ssm_inputs(u)
-        decay = torch.exp(delta[:, :, None] * -torch.exp(self.A_log.float()))
+        decay = torch.exp(delta[:, :, None] * -torch.exp(at_least_fp32(self.A_log)))
         h = decay * h + (delta * u)[:, :, None] * B[:, None, :]
         y = einsum(h, C, "b d n, b n -> b d") + self.D * u
         return self.out_proj(y * F.silu(gate)), (window[:, 1:], h)
@@ -249,18 +258,19 @@ class Mamba(nn.Module):
         self.config = config
         self.backbone = nn.ModuleDict(dict(
             embedding=nn.Embedding(config.vocab_size, config.d_model),
-            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         # the projections keep PyTorch's own initialisation, as in the reference; only the embedding is redrawn
-        nn.init.normal_(self.backbone.embedding.weight, std=config.embed_std)
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
 
-    def blocks(self):
-        return self.backbone.layers
+    def layers(self):
+        """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
+        return [self.backbone.layers[i % len(self.backbone.layers)] for i in range(self.config.n_layer)]
 
     def forward(self, idx):
         """Token ids (b, l) -> logits (b, l, vocab_size); the head is tied to the embedding."""
         x = self.backbone.embedding(idx)
-        for layer in self.backbone.layers:
+        for layer in self.layers():
             x = layer(x)
         return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight)
 
@@ -269,7 +279,7 @@ class Mamba(nn.Module):
         -> logits (b, vocab_size), state. Equal to the last position of `forward`."""
         x = self.backbone.embedding(token)
         new_state = []
-        for i, layer in enumerate(self.backbone.layers):
+        for i, layer in enumerate(self.layers()):
             if state is None:
                 d, n = layer.mixer.A_log.shape
                 past = x.new_zeros(len(x), layer.mixer.conv1d.kernel_size[0] - 1, d), x.new_zeros(len(x), d, n)
@@ -279,3 +289,45 @@ class Mamba(nn.Module):
             x = x + y
             new_state.append(past)
         return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight), new_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check and the benchmark.
+
+
+def example(b, l, d, n, device="cpu", dtype=torch.float32):
+    """Random arguments of the scan, in the range of a fresh model, that take gradients."""
+    random = torch.Generator(device).manual_seed(0)
+    normal = lambda *size: torch.randn(*size, generator=random, device=device, dtype=dtype)
+    arguments = normal(b, l, d), F.softplus(normal(b, l, d) - 3), -normal(d, n).exp(), normal(b, l, n), normal(b, l, n), normal(d)
+    return [x.requires_grad_() for x in arguments]
+
+
+def forward_and_gradients(function, arguments):
+    y = function(*arguments)
+    return y, *torch.autograd.grad(y, arguments, torch.ones_like(y))
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"selective scan, forward and backward, ms (medians of 5; {device}, fp32)\n"
+          "(b, l, d, n)              one exp pass   loop   scan   scan/exp   loop/scan   largest difference")
+    for shape in ((64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)):
+        arguments = example(*shape, device)
+        difference = max((x - y).abs().max() / y.abs().max() for x, y in zip(forward_and_gradients(selective_scan, arguments),
+                                                                             forward_and_gradients(selective_scan_ref, arguments)))
+        x = torch.randn(shape, device=device)
+        exp, loop, fast = (median_ms(f) for f in (lambda: torch.exp(x), lambda: forward_and_gradients(selective_scan_ref, arguments),
+                                                  lambda: forward_and_gradients(selective_scan, arguments)))
+        print(f"{str(shape):<25}{exp:13.1f}{loop:7.0f}{fast:7.1f}{fast / exp:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
+
+    task, batch_size = PathStar(2, 5, 50), 64
+    model = Mamba(MambaConfig(task.vocab_size, n_unique=2)).to(device)
+    print(f"\na training step on {task} (medians of 5; {device})")
+    arguments = example(batch_size, task.seq_len - 1, model.config.expand * model.config.d_model, model.config.d_state, device)
+    scans = lambda: [forward_and_gradients(selective_scan, arguments) for _ in model.layers()]
+    time_step(model, task, batch_size, scans)
+
+
+if __name__ == "__main__":
+    main()

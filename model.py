@@ -23,7 +23,7 @@ class GPTConfig:
     n_head: int = 1
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT of the paper
-    embed_std: float = 0.02  # standard deviation of the token embeddings at the start
+    n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
 def causal_conv(x, conv):
@@ -89,24 +89,23 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution keeps PyTorch's
-            if name == "wte.weight":
-                nn.init.normal_(p, std=config.embed_std)
-            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
+            if name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def blocks(self):
-        return self.h
+    def layers(self):
+        """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
+        return [self.h[i % len(self.h)] for i in range(self.config.n_layer)]
 
     def forward(self, idx):
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]
-        for block in self.h:
+        for block in self.layers():
             x = block(x)
         return F.linear(self.ln_f(x), self.wte.weight)
 
@@ -124,3 +123,60 @@ def generate(model, task, prefix, teacherless):
     for _ in range(task.target_len):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     return tokens[:, task.prefix_len:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark.
+
+
+def step_function(model, x, y):
+    """A training step of the quick preset as a function without arguments: forward, backward, Muon, AdamW."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if all(p is not w for w in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=1e-2, fused=True)]
+
+    def step():
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return step
+
+
+def products_function(model, tokens):
+    """The products of activations and weights in such a step, alone, as a function without arguments."""
+    weights = [m.weight.detach() for layer in model.layers() for m in layer.modules() if isinstance(m, nn.Linear)]
+    pairs = [(w, w.new_ones(tokens, w.shape[1]), w.new_ones(tokens, w.shape[0])) for w in weights]
+
+    def products():
+        for w, x, dy in pairs:
+            x @ w.T, dy @ w, dy.T @ x
+    return products
+
+
+def time_step(model, task, batch_size, scans=lambda: None):
+    """Print a training step, eager and compiled, beside its matrix products (and its scans, for a Mamba)."""
+    device, config = next(model.parameters()).device, model.config
+    graphs = task.sample(batch_size, random_stream(0, device=device))
+    x = inputs(task, graphs.prefix, graphs.target, True)
+    products = products_function(model, x.numel())
+    eager = median_ms(step_function(model, x, x))
+    for layer in set(model.layers()):
+        layer.compile()
+    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), scans()))
+    width, parameters = getattr(config, "n_embd", None) or config.d_model, sum(p.numel() for p in model.parameters())
+    print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; step {eager:.1f} ms, compiled {compiled:.1f} ms; "
+          f"its products (and scans) alone {bare:.1f} ms; ratio {compiled / bare:.2f}", flush=True)
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = PathStar(2, 5, 50)
+    print(f"a training step on {task} (medians of 5; {device})")
+    for n_layer, n_unique, n_embd, batch_size in ((8, 2, 64, 64), (8, 0, 256, 128)):
+        config = GPTConfig(task.vocab_size, task.seq_len - 1, n_layer, n_unique=n_unique, n_embd=n_embd)
+        time_step(GPT(config).to(device), task, batch_size)
+
+
+if __name__ == "__main__":
+    main()

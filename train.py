@@ -22,21 +22,22 @@ import torch
 import torch.nn.functional as F
 
 import mamba
-from data import Batches, Graphs, Parser, UserError, inputs, load, number, sample_test_set, sample_train_set, without
+from data import (Batches, Graphs, Parser, UserError, identities, inputs, load, number, sample_test_set, sample_train_set,
+                  without)
 from eval import build, evaluate, load_run, objective, percent, pick_device
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, embed_std=0.2, batch_size=64, optimizer="muon",
-                  lr=3e-3, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
+    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, batch_size=64, optimizer="muon",
+                  lr=1e-2, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, embed_std=0.02, batch_size=256, optimizer="adamw",
+    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, batch_size=256, optimizer="adamw",
                   lr=5e-4, weight_decay=0.01, warmup=100, max_steps=390_500, cooldown=0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs answered right, and
 SOLVED = 0.8       # the share from which the learning rate is brought down
 QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole test set decides whether a run is solved
-FREE = ("max_steps", "stop_at", "eval_every", "device", "dtype", "compile", "out_dir")  # may change when a run is resumed
+FREE = ("max_steps", "stop_at", "eval_every", "device", "compile", "out_dir")  # may change when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,11 +62,11 @@ def flags():
         "train_file": (None, path, "train on this file of official text"),
         "test_file": (None, path, "test on this file of official text"),
         "n_layer": (None, whole(1, 1000), "blocks"),
+        "n_unique": (None, whole(0), "layers with weights of their own, applied in turn up to n_layer; 0: all"),
         "n_embd": (None, whole(1, 100_000), "width of the residual stream"),
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
         "d_state": (16, whole(1, 10_000), "states of a channel (mamba)"),
-        "embed_std": (None, real(0, 100), "standard deviation of the embeddings at the start"),
         "batch_size": (None, whole(1), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
         "optimizer": (None, dict(choices=("muon", "adamw")), "muon (with AdamW for all but the hidden matrices) or adamw"),
@@ -106,6 +107,8 @@ def settle(given):
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
+    if settings["n_unique"] > settings["n_layer"]:
+        raise UserError(f"--n_unique {settings['n_unique']}: at most the {settings['n_layer']} of --n_layer")
     for name, other in (("n_train", "train_file"), ("n_test", "test_file")):
         if name in given and other in given:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other}; leave one of them out")
@@ -154,7 +157,7 @@ def make_optimizers(model, settings):
         optimizers.append(torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"]))
     else:
         adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
-    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), fused=True))
+    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -249,7 +252,7 @@ def load_graphs(task, settings):
     """The training graphs (None: fresh ones at every step) and the test graphs; they share none."""
     test = load(settings["test_file"], task) if settings["test_file"] else sample_test_set(task, settings["n_test"])
     if settings["train_file"]:
-        train = without(everything := load(settings["train_file"], task), test)
+        train = without(everything := load(settings["train_file"], task), set(identities(test)))
         if len(train.prefix) < len(everything.prefix):
             print(f"left out of the training set: {len(everything.prefix) - len(train.prefix):,} graphs that are test graphs")
         if len(train.prefix) < settings["batch_size"]:
@@ -315,7 +318,7 @@ class Run:
         self.losses = torch.zeros(CHECK_EVERY, device=self.device)  # of the steps since the last check
         mamba.Kernel.enabled = settings["compile"]
         if settings["compile"] and compiler_works(self.device):
-            for block in self.model.blocks():
+            for block in set(self.model.layers()):
                 block.compile()
 
     SAVED = ("step", "seconds", "solved_at", "log", "loss_sum", "hits")
