@@ -119,15 +119,19 @@ class PathStar:
 
 def load(path, task):
     """Read a file of official text -> Graphs. Raises UserError naming the file and the first line that is wrong."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(task._parse(line.decode("ascii").rstrip("\r\n")))
-            except UnicodeDecodeError:
-                raise UserError(f"{path}, line {number}: not text (a byte outside ASCII)") from None
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(task._parse(line.decode("ascii").rstrip("\r\n")))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: not text (a byte outside ASCII)") from None
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise UserError(f"{path}: holds no graphs")
     return Graphs(*(torch.tensor(column) for column in zip(*rows)))

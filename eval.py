@@ -102,7 +102,7 @@ def build(settings):
         names, fixed, kind, config = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1), GPT, GPTConfig
     else:
         names, fixed, kind, config = ("d_state",), dict(d_model=settings["n_embd"]), Mamba, MambaConfig
-    shared = {name: settings[name] for name in ("n_layer", "n_unique", *names)}
+    shared = {name: settings[name] for name in ("n_layer", "n_unique", "embed_std", *names)}
     return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 
 

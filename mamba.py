@@ -192,6 +192,7 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    embed_std: float = 0.02  # of the embeddings at the start
     n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
@@ -261,7 +262,7 @@ class Mamba(nn.Module):
             layers=nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         # the projections keep PyTorch's own initialisation, as in the reference; only the embedding is redrawn
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        nn.init.normal_(self.backbone.embedding.weight, std=config.embed_std)
 
     def layers(self):
         """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""

@@ -23,6 +23,7 @@ class GPTConfig:
     n_head: int = 1
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT of the paper
+    embed_std: float = 0.02  # of the token embeddings at the start
     n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
@@ -92,7 +93,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution keeps PyTorch's
-            if name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
+            if name == "wte.weight":
+                nn.init.normal_(p, std=config.embed_std)
+            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)

@@ -28,10 +28,10 @@ from eval import build, evaluate, load_run, objective, percent, pick_device
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, batch_size=64, optimizer="muon",
-                  lr=1e-2, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
+    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=1, short_conv=4, embed_std=0.2, batch_size=64, optimizer="muon",
+                  lr=3e-3, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, batch_size=256, optimizer="adamw",
+    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, embed_std=0.02, batch_size=256, optimizer="adamw",
                   lr=5e-4, weight_decay=0.01, warmup=100, max_steps=390_500, cooldown=0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs answered right, and
@@ -67,6 +67,7 @@ def flags():
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
         "d_state": (16, whole(1, 10_000), "states of a channel (mamba)"),
+        "embed_std": (None, real(0, 100), "standard deviation of the token embeddings at the start"),
         "batch_size": (None, whole(1), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
         "optimizer": (None, dict(choices=("muon", "adamw")), "muon (with AdamW for all but the hidden matrices) or adamw"),
@@ -157,7 +158,7 @@ def make_optimizers(model, settings):
         optimizers.append(torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"]))
     else:
         adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
-    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
+    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -180,7 +181,7 @@ def rate(step, settings, solved_at):
     """
     warm = min(1, (step + 1) / max(1, settings["warmup"]))
     cooldown = min(settings["cooldown"], settings["max_steps"] // 2)
-    return warm * min(1, (last_step(settings, solved_at) - step) / cooldown) if cooldown else warm
+    return warm * max(0, min(1, (last_step(settings, solved_at) - step) / cooldown)) if cooldown else warm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def reopen(folder, given):
         raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
     lock(folder)
     settings, state = load_run(folder)
-    for name in given.keys() - {"resume", "preset", *FREE}:
+    for name in given.keys() - {"resume", *FREE}:
         if given[name] != settings[name]:
             raise UserError(f"--{name} {given[name]}: the run in {folder} has {settings[name]}; leave the flag out to resume it")
     return settings | {name: given[name] for name in FREE if name in given}, state
@@ -365,6 +366,9 @@ class Run:
         for i, loss in enumerate(self.losses[:steps].tolist()):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss was {loss} at step {self.step - steps + i + 1}")
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                raise FloatingPointError(f"{name} was not finite after step {self.step}")
         if steps == CHECK_EVERY:
             if self.solved_at is None and self.hits.item() > SOLVED * CHECK_EVERY * self.settings["batch_size"]:
                 self.solved_at = self.step

@@ -1,0 +1,738 @@
+"""The tests: pytest test_repro.py. About a minute on two CPU cores; no GPU, no downloads."""
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import mamba
+import train
+from data import (Batches, Graphs, PathStar, UserError, inputs, random_stream, sample_test_set,
+                  sample_train_set)
+from mamba import Mamba, MambaConfig, selective_scan, selective_scan_ref
+from model import GPT, GPTConfig, generate
+
+torch.set_num_threads(1)  # sums in one order, so that equal means equal to the bit
+
+# The first graphs of the authors' own deg_2_path_5_nodes_50 file.
+OFFICIAL = """\
+32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
+17,12|22,28|49,17|9,24|49,9|13,7|12,22|24,13/49,7=49,9,24,13,7
+28,40|17,24|35,37|37,28|40,5|15,10|24,15|35,17/35,10=35,17,24,15,10
+13,36|30,11|7,12|7,13|12,30|16,34|11,1|36,16/7,1=7,12,30,11,1
+12,45|2,44|33,29|34,28|22,33|44,34|12,2|45,22/12,29=12,45,22,33,29
+15,40|35,18|34,15|19,34|48,37|19,48|37,35|40,23/19,23=19,34,15,40,23
+""".splitlines()
+
+# Every setting is named, so that a better recipe in a preset changes no test.
+TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=10, n_layer=2, n_unique=0, n_embd=32, batch_size=8,
+            n_train=64, n_test=32, max_steps=12, eval_every=4, warmup=5, cooldown=4, stop_at=0,
+            optimizer="muon", lr=1e-2, weight_decay=0.0, device="cpu", dtype="float32", compile=False)
+BOTH_MODELS = pytest.mark.parametrize("model", ["gpt", "mamba"])
+BOTH_MODES = pytest.mark.parametrize("teacherless", [False, True], ids=["standard", "teacherless"])
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    """A run leaves signal handlers and the scan's compiler switch behind; no test may see another's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mamba.Kernel.enabled = False
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def tiny(model="gpt", **given):
+    """The flags of a run that takes a second."""
+    own = dict(n_head=4, short_conv=4) if model == "gpt" else dict(d_state=16)
+    return TINY | own | dict(model=model) | given
+
+
+def new_run(**given):
+    return train.Run(train.settle(tiny(**dict(max_steps=1000, cooldown=0) | given)))
+
+
+def new_model(model, **given):
+    torch.manual_seed(0)
+    return evaluation.build(train.settle(tiny(model, **given)))[1]
+
+
+def command(**given):
+    """Settings -> the command line that asks for them."""
+    switch = {True: "--{}", False: "--no-{}"}
+    return [switch[x].format(name) if isinstance(x, bool) else f"--{name}={x}"
+            for name, x in tiny(**given).items() if x is not False or name == "compile"]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def trained(folder, **given):
+    """Run train.py in this process -> its last checkpoint."""
+    train.main(command(out_dir=folder, **given))
+    return checkpoint(folder)
+
+
+def same(a, b):
+    """Whether two checkpoints are equal to the bit, but for the clock and the settings (the folder)."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "settings"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_close(a, b, tolerance):
+    """Equal up to a share of the largest value."""
+    assert (a.double() - b.double()).abs().max() <= tolerance * b.abs().max().clamp(min=1e-30)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def edges_of(prefix):
+    return list(zip(prefix[:-3:3], prefix[1:-3:3]))
+
+
+def edge_sets(graphs):
+    return {frozenset(edges_of(prefix)) for prefix in graphs.prefix.tolist()}
+
+
+def assert_path_star(task, prefix, target):
+    """Check every property of one graph, from its tokens alone, in plain Python."""
+    assert len(prefix) == task.prefix_len == 3 * task.num_edges + 3 and len(target) == task.path_len
+    assert prefix[2:-3:3] == [task.bar] * (task.num_edges - 1) + [task.slash] and prefix[-1] == task.equals
+    edges, (start, goal) = edges_of(prefix), prefix[-3:-1]
+    nodes, parent = {v for edge in edges for v in edge}, {v: u for u, v in edges}
+    assert len(nodes) == 1 + task.num_edges and min(nodes) >= 0 and max(nodes) < task.num_nodes
+    assert len(parent) == task.num_edges and start not in parent
+    leaves = nodes - set(parent.values())
+    assert len(leaves) == task.deg and goal in leaves
+    for leaf in leaves:
+        path = [leaf]
+        while path[-1] != start:
+            path.append(parent[path[-1]])
+        assert len(path) == task.path_len
+        assert leaf != goal or target == (path if task.reverse else path[::-1])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("deg, path_len, num_nodes",
+                         [(2, 5, 50), (1, 2, 2), (5, 5, 21), (3, 2, 300), (20, 5, 100), (2, 20, 50)])
+def test_every_sampled_graph_is_a_path_star(tmp_path, deg, path_len, num_nodes, reverse):
+    """The sampler: separators, distinct labels, d arms of l - 1 nodes, the path; and a file holds it all."""
+    task = PathStar(deg, path_len, num_nodes, reverse)
+    graphs = task.sample(50, random_stream(7))
+    assert [x.shape for x in graphs] == [(50, task.prefix_len), (50, path_len), (50, deg, path_len - 1)]
+    assert all(x.dtype == torch.long for x in graphs)
+    assert task.vocab_size == num_nodes + 4 and task.seq_len == task.prefix_len + path_len
+    data.save(tmp_path / "text", task, graphs)
+    again = data.load(tmp_path / "text", task)
+    assert torch.equal(again.prefix, graphs.prefix) and torch.equal(again.target, graphs.target)
+    for prefix, target, arms, read in zip(*(x.tolist() for x in graphs), again.arms.tolist()):
+        assert_path_star(task, prefix, target)
+        path = target[::-1] if reverse else target
+        assert arms[0] == path[1:] == read[0] and sorted(arms) == sorted(read)
+        assert set(edges_of(prefix)) == {edge for arm in arms for edge in zip([path[0], *arm], arm)}
+
+
+def test_nothing_but_the_edges_gives_the_answer_away():
+    """Labels and the order of the edges are uniform, so no place in the text is better than a guess, 1/d."""
+    graphs, n = PathStar(3, 4, 12).sample(6000, random_stream(0)), 6000
+    for position in (-3, -2, 0):  # the start, the goal, the first node of the text
+        counts = torch.bincount(graphs.prefix[:, position], minlength=12)
+        assert (counts - n / 12).abs().max() < 5 * (n / 12) ** 0.5
+    where = (graphs.prefix[:, 1:-3:3] == graphs.arms[:, 0, :1]).int().argmax(1)  # of the edge to choose first
+    assert (torch.bincount(where, minlength=9) - n / 9).abs().max() < 5 * (n / 9) ** 0.5
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_official_lines_are_read_and_written_to_the_letter(tmp_path, reverse):
+    """encode, decode, load, save: the authors' text, there and back."""
+    task, official = PathStar(2, 5, 50, reverse), tmp_path / "official"
+    for line in OFFICIAL:
+        prefix, target = task.encode(line)
+        assert_path_star(task, prefix.tolist(), target.tolist())
+        assert task.decode(prefix, target) == line
+    official.write_text("\n".join(OFFICIAL) + "\n")
+    data.save(tmp_path / "again", task, data.load(official, task))
+    assert official.read_bytes() == (tmp_path / "again").read_bytes()
+
+
+@pytest.mark.parametrize("old, new", [
+    (OFFICIAL[0], ""), (OFFICIAL[0], "a graph"), ("16,12", "16"), ("16,12|", ""), ("=32", "= 32"),
+    ("=32", "=32,32"), ("32,3|", "32,03|"), ("|", ";"), ("6,16,12", "6,16,12é"), ("47,28", "47,50"),
+    ("47,28", "47,12"), ("47,28", "3,28"), ("47,28", "47,32"), ("/32,12", "/32,28"), ("/32,12", "/34,12"),
+    ("=32,34,6", "=32,6,34"),
+    ("=32,34,6,16,12", "=32,3,19,47,28"), ("=32,34,6,16,12", "=12,16,6,34,32")])
+def test_a_malformed_line_is_refused_with_file_and_line_number(tmp_path, old, new):
+    """load: text that is not a graph of the task never becomes training data."""
+    bad = OFFICIAL[0].replace(old, new)
+    assert bad != OFFICIAL[0]
+    (tmp_path / "text").write_text("\n".join([*OFFICIAL[1:3], bad, OFFICIAL[4]]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{tmp_path / 'text'}, line 3: "):
+        data.load(tmp_path / "text", PathStar(2, 5, 50))
+
+
+@pytest.mark.parametrize("impossible, works", [((0, 5, 50), (1, 5, 50)), ((2, 1, 50), (2, 2, 50)),
+                                               ((2, 5, 8), (2, 5, 9)), ((20, 5, 50), (20, 5, 81))])
+def test_impossible_graphs_are_refused_with_the_least_that_works(impossible, works):
+    """PathStar: the official generator loops for ever here."""
+    wrong, right = next((a, b) for a, b in zip(impossible, works) if a != b)
+    with pytest.raises(ValueError, match=rf"\b{wrong}\b.*\b{right}\b"):
+        PathStar(*impossible)
+    for prefix, target, _ in zip(*(x.tolist() for x in PathStar(*works).sample(5, random_stream(0)))):
+        assert_path_star(PathStar(*works), prefix, target)
+
+
+def test_training_and_test_graphs_are_disjoint_and_seeded():
+    """sample_train_set: no test graph in it, even where there are but 60 graphs; seeds draw their own."""
+    tiny = PathStar(2, 3, 5)  # 5! labellings, two to a graph
+    test = sample_test_set(tiny, 20)
+    drawn = edge_sets(sample_train_set(tiny, 2000, 0, test))
+    assert not edge_sets(test) & drawn and len(edge_sets(test) | drawn) == 60
+    with pytest.raises(UserError):  # every graph is in the test set
+        sample_train_set(tiny, 10, 0, sample_test_set(tiny, 2000))
+    task = PathStar(2, 5, 50)
+    test = sample_test_set(task, 100)
+    a, b, other = (sample_train_set(task, 100, seed, test) for seed in (0, 0, 1))
+    assert same(a, b) and not edge_sets(a) & edge_sets(other) and same(test, sample_test_set(task, 100))
+
+
+def test_graphs_of_a_training_file_that_are_test_graphs_are_left_out(tmp_path):
+    """--train_file: the same promise, also for the edges in another order and for the other goal."""
+    (tmp_path / "train").write_text("\n".join(OFFICIAL) + "\n")
+    other_order = OFFICIAL[0].replace("32,3|16,12", "16,12|32,3")
+    other_goal = OFFICIAL[1].replace("/49,7=49,9,24,13,7", "/49,28=49,17,12,22,28")
+    (tmp_path / "test").write_text(f"{other_order}\n{other_goal}\n")
+    settings = train.settle(dict(train_file=tmp_path / "train", test_file=tmp_path / "test", batch_size=4))
+    train_graphs, test_graphs = train.load_graphs(PathStar(2, 5, 50), settings)
+    assert len(train_graphs.prefix) == 4 and len(test_graphs.prefix) == 2
+    assert not edge_sets(train_graphs) & edge_sets(test_graphs)
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "fresh"])
+def test_batches_depend_on_seed_and_step_alone(fixed):
+    """Batches: any order of calls, any object; an epoch of a fixed set holds every graph once."""
+    task = PathStar(2, 5, 50)
+    graphs = task.sample(64, random_stream(3)) if fixed else None
+    a, b, other = (Batches(task, 8, seed, "cpu", graphs) for seed in (5, 5, 6))
+    forwards, backwards = [a(step) for step in range(20)], [b(step) for step in reversed(range(20))][::-1]
+    assert same(forwards, backwards) and same(a(4), forwards[4]) and not same(other(4), forwards[4])
+    rows = torch.cat([prefix for prefix, _ in forwards[:16]])
+    assert len(rows.unique(dim=0)) == (64 if fixed else 128)
+    if fixed:
+        assert same(rows[:64].unique(dim=0), graphs.prefix.unique(dim=0)) and not same(rows[:64], rows[64:])
+
+
+def test_inputs_hide_the_target_from_a_teacherless_model():
+    """inputs(): teacherless, another target gives the same input; standard, the target shifted by one."""
+    task = PathStar(2, 5, 50)
+    prefix, target, _ = task.sample(6, random_stream(0))
+    fed = inputs(task, prefix, target, True)
+    assert fed.shape == (6, task.seq_len - 1) and torch.equal(fed, inputs(task, prefix, target.flip(0), True))
+    assert (fed[:, task.prefix_len:] == task.dollar).all() and torch.equal(fed[:, :task.prefix_len], prefix)
+    assert torch.equal(inputs(task, prefix, target, False), torch.cat([prefix, target], 1)[:, :-1])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# mamba.py
+
+
+def scan_arguments(l, d, decay, dtype=torch.float64, scale=1):
+    """Random arguments of the scan; `decay` is about the factor that the state shrinks by in a step."""
+    g = torch.Generator().manual_seed(l)
+    normal = lambda *shape: torch.randn(shape, generator=g).double()
+    delta = scale * (0.5 + torch.rand(2, l, d, generator=g).double())
+    A = math.log(decay) * (0.5 + torch.rand(d, 4, generator=g).double())
+    arguments = normal(2, l, d), delta, A, normal(2, l, 4), normal(2, l, 4), normal(d)
+    return [x.to(dtype).requires_grad_() for x in arguments]
+
+
+def with_gradients(scan, arguments):
+    """y, and the gradient of every argument for a random gradient of y."""
+    y = scan(*arguments)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    gradients = torch.autograd.grad(y, arguments, dy)
+    return dict(zip(("y", "u", "delta", "A", "B", "C", "D"), (y.detach(), *gradients)))
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.5, 1e-10])
+@pytest.mark.parametrize("l", [1, 2, 3, 5, 31, 32, 33, 67])
+def test_scan_equals_the_loop_with_every_gradient(l, decay):
+    """selective_scan: both sides of every chunk border, any decay; its gradient is written by hand."""
+    fp64, fp32 = torch.float64, torch.float32
+    for d, dtype, tolerance in ((6, fp64, 1e-12), (32, fp64, 1e-12), (32, fp32, 1e-5)):
+        want = with_gradients(selective_scan_ref, scan_arguments(l, d, decay))
+        got = with_gradients(selective_scan, scan_arguments(l, d, decay, dtype))
+        for name in want:
+            assert got[name].dtype == dtype
+            assert_close(got[name], want[name], tolerance)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-6, 1e2, 1e6])
+def test_scan_stays_finite_at_any_step_size(scale):
+    """cumsum and log-space forms of the scan overflow here."""
+    arguments = scan_arguments(300, 6, 0.1, torch.float32, scale)
+    got, want = (with_gradients(scan, arguments) for scan in (selective_scan, selective_scan_ref))
+    for name in want:
+        assert got[name].isfinite().all()
+        assert_close(got[name], want[name], 1e-5)
+
+
+def test_compiled_scan_equals_the_eager_one(monkeypatch):
+    """What the compiler makes of the chunk functions, forwards and back."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
+    except Exception as error:
+        pytest.skip(f"torch.compile, which needs a C++ compiler on a CPU, fails: {type(error).__name__}")
+    monkeypatch.setattr(mamba, "CHUNK", 4)  # compiles faster
+    want = with_gradients(selective_scan, scan_arguments(10, 32, 0.5, torch.float32))
+    mamba.Kernel.enabled = True
+    got = with_gradients(selective_scan, scan_arguments(10, 32, 0.5, torch.float32))
+    assert mamba.Kernel.enabled, "the scan fell back to eager"
+    for name in want:
+        assert_close(got[name], want[name], 1e-5)
+
+
+def test_mamba_initialisation_of_the_finished_model():
+    """Part of the method: no sweep over the whole model may overwrite it."""
+    torch.manual_seed(0)
+    for layer in Mamba(MambaConfig(vocab_size=54, n_layer=4, d_model=64, d_state=16)).backbone.layers:
+        m, dt = layer.mixer, F.softplus(layer.mixer.dt_proj.bias).detach()
+        assert m.dt_rank == 4 and torch.equal(m.A_log, torch.arange(1, 17).float().log().expand(128, 16))
+        assert torch.equal(m.D, torch.ones(128))
+        assert 0.999e-3 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 0.1001
+        assert abs(dt.log().mean() - math.log(1e-2)) < 0.5  # log-uniform
+        assert 0.9 * 4 ** -0.5 < m.dt_proj.weight.abs().max() <= 4 ** -0.5
+        bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
+        assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
+
+
+def test_mamba_has_the_names_and_shapes_of_the_reference():
+    """Weights move 1:1 between this file and state-spaces/mamba (its lm_head is the embedding)."""
+    state, layer = Mamba(MambaConfig(vocab_size=54, n_layer=1, d_model=64)).state_dict(), "backbone.layers.0."
+    assert {name: tuple(p.shape) for name, p in state.items()} == {
+        "backbone.embedding.weight": (54, 64), layer + "norm.weight": (64,),
+        layer + "mixer.in_proj.weight": (256, 64),
+        layer + "mixer.conv1d.weight": (128, 1, 4), layer + "mixer.conv1d.bias": (128,),
+        layer + "mixer.x_proj.weight": (36, 128), layer + "mixer.dt_proj.weight": (128, 4),
+        layer + "mixer.dt_proj.bias": (128,), layer + "mixer.A_log": (128, 16), layer + "mixer.D": (128,),
+        layer + "mixer.out_proj.weight": (64, 128), "backbone.norm_f.weight": (64,)}
+
+
+def shaken(model):
+    """Every parameter moved at random, so that none is at a value (0, 1) which hides a mistake."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=g)
+    return model.eval()
+
+
+def published_mamba(model, idx):
+    """Mamba in fp64 from the formulas of the paper, the recurrence written out as a sum over the past."""
+    silu = lambda x: x / (1 + torch.exp(-x))
+    rms = lambda x, w: w * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    weights = {name: p.double() for name, p in model.state_dict().items()}
+    x, t = weights["backbone.embedding.weight"][idx], idx.shape[1]
+    for i in range(model.config.n_layer):
+        w = {k.split(".", 3)[3]: p for k, p in weights.items() if k.startswith(f"backbone.layers.{i}.")}
+        w = {name.removeprefix("mixer."): p for name, p in w.items()}
+        u, gate = (rms(x, w["norm.weight"]) @ w["in_proj.weight"].T).chunk(2, -1)
+        u = F.conv1d(u.mT, w["conv1d.weight"], w["conv1d.bias"], padding=3, groups=u.shape[-1])[..., :t].mT
+        u, n = silu(u), w["A_log"].shape[1]
+        dt, B, C = (u @ w["x_proj.weight"].T).split([w["dt_proj.weight"].shape[1], n, n], -1)
+        delta = torch.log1p(torch.exp(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"]))
+        past = delta.cumsum(1)[:, :, None] - delta.cumsum(1)[:, None]  # (b, t, s, d): the time from s to t
+        decay = torch.exp(past[..., None] * -torch.exp(w["A_log"])) * torch.ones(t, t).tril()[..., None, None]
+        y = torch.einsum("btsdn,bsd,bsn,bsd,btn->btd", decay, delta, B, u, C) + w["D"] * u
+        x = x + (y * silu(gate)) @ w["out_proj.weight"].T
+    return rms(x, weights["backbone.norm_f.weight"]) @ weights["backbone.embedding.weight"].T
+
+
+def test_mamba_step_equals_forward():
+    """The constant-memory step, token by token from its own state alone; also where layers share weights."""
+    torch.manual_seed(0)
+    model = shaken(Mamba(MambaConfig(vocab_size=20, n_layer=3, n_unique=2, d_model=32, d_state=4)))
+    idx, state = torch.randint(20, (3, 19)), None
+    with torch.no_grad():
+        want = model(idx)
+        for t in range(19):
+            logits, state = model.step(idx[:, t], state)
+            assert_close(logits, want[:, t], 1e-5)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# model.py, and both models
+
+
+def published_gpt(model, idx):
+    """GPT-2 in fp64 with an explicit softmax, and the short convolution ahead of attention."""
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
+    linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
+    gelu = lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+    w = {name: p.double() for name, p in model.state_dict().items()}
+    t, k = idx.shape[1], model.config.short_conv
+    x = w["wte.weight"][idx] + w["wpe.weight"][:t]
+    for i in range(model.config.n_layer):
+        if k:
+            x = x + F.conv1d(x.mT, w[f"h.{i}.conv.weight"], padding=k - 1, groups=x.shape[-1])[..., :t].mT
+        heads = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
+        q, key, v = (y.unflatten(-1, (model.config.n_head, -1)).transpose(1, 2) for y in heads)
+        scores = (q @ key.mT / q.shape[-1] ** 0.5).exp() * torch.ones(t, t).tril()
+        y = scores / scores.sum(-1, keepdim=True) @ v
+        x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.mark.parametrize("model, config, published", [
+    (GPT, GPTConfig(20, block_size=24, n_layer=2, n_head=4, n_embd=32, short_conv=0), published_gpt),
+    (GPT, GPTConfig(20, block_size=24, n_layer=2, n_head=4, n_embd=32, short_conv=4), published_gpt),
+    (Mamba, MambaConfig(20, n_layer=2, d_model=32, d_state=4), published_mamba)], ids=["gpt", "conv", "ssm"])
+def test_models_equal_the_published_formulas(model, config, published):
+    """Blocks, norms, positions, tied head: against implementations that share no line with the scripts."""
+    torch.manual_seed(0)
+    model, idx = shaken(model(config)), torch.randint(20, (3, 19))
+    with torch.no_grad():
+        assert_close(model(idx), published(model, idx), 1e-5)
+
+
+def test_gpt_has_the_names_and_initialisation_of_gpt2():
+    """Names, and the scaled c_proj: the official code scales a name that does not exist."""
+    torch.manual_seed(0)
+    weights = GPT(GPTConfig(54, block_size=40, n_layer=4, n_head=4, n_embd=64, short_conv=0)).state_dict()
+    layer = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    modules = ["ln_f", *(f"h.{i}.{name}" for i in range(4) for name in layer)]
+    names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    assert set(weights) == {"wte.weight", "wpe.weight"} | names
+    for name, p in weights.items():
+        if p.ndim == 2:
+            std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std() / std - 1) < 0.06, name
+        else:
+            assert (p == float(name.endswith("weight"))).all(), name
+
+
+@BOTH_MODELS
+def test_shared_layers_are_the_same_layers_in_turn(model):
+    """n_unique: the parameters of so many layers, the outputs of a deep model with copies of them."""
+    few, deep = (shaken(new_model(model, n_layer=4, n_unique=n)) for n in (2, 0))
+    copy = lambda name: re.sub(r"^(h|backbone\.layers)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) % 2}", name)
+    deep.load_state_dict({name: few.state_dict()[copy(name)] for name in deep.state_dict()})
+    assert {copy(name) for name in deep.state_dict()} == set(few.state_dict())
+    idx = torch.randint(10, (2, 12))
+    assert torch.equal(few(idx), deep(idx))
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("model, given",
+                         [("gpt", dict(short_conv=0)), ("gpt", dict(short_conv=4)), ("mamba", {})])
+def test_no_token_reaches_an_output_before_it(model, given, teacherless):
+    """Attention, scan and convolutions: change token t, and the outputs before t stay, that at t moves."""
+    task = PathStar(2, 5, 50)
+    net = shaken(new_model(model, path_len=5, num_nodes=50, **given))
+    prefix, target, _ = task.sample(2, random_stream(0))
+    fed = inputs(task, prefix, target, teacherless)
+    with torch.no_grad():
+        before = net(fed)
+        for t in range(fed.shape[1]):
+            changed = fed.clone()
+            changed[:, t] = (changed[:, t] + 1) % task.vocab_size
+            after = net(changed)
+            assert torch.allclose(after[:, :t], before[:, :t], atol=1e-6)
+            assert (after[:, t] - before[:, t]).abs().max() > 1e-4
+
+
+# -----------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+class Reader(nn.Module):
+    """A hand-made model that looks up the edges in its prefix. `first` says how it finds the first arm node:
+    "cheat", the first-listed child of the start; "plan", back from the goal; "recite", so too, and then it
+    writes that path to its end, whatever it is fed."""
+
+    def __init__(self, task, first):
+        super().__init__()
+        self.task, self.first, self.unused = task, first, nn.Parameter(torch.zeros(()))
+
+    def forward(self, idx):
+        p = self.task.prefix_len
+        parents, children = idx[:, :p - 3:3], idx[:, 1:p - 3:3]
+        look_up = lambda keys, values, x: values.gather(1, (keys[:, None] == x[:, :, None]).int().argmax(2))
+        answer = look_up(parents, children, idx)
+        answer[:, p - 1] = idx[:, p - 3]
+        node = idx[:, p - 2:p - 1]
+        for i in reversed(range(p, p + self.task.path_len - 1)):  # from the goal back to the start
+            if i < idx.shape[1] and (self.first == "recite" or self.first == "plan" and i == p):
+                answer[:, i:i + 1] = node
+            node = look_up(children, parents, node)
+        return 9.0 * F.one_hot(answer, self.task.vocab_size)
+
+
+@pytest.mark.parametrize("deg", [2, 5])
+def test_clever_hans_tells_cheaters_from_planners(deg):
+    """Models whose answers are known: a cheater is at 1/d and follows every wrong arm to its end."""
+    task = PathStar(deg, 5, 50)
+    graphs, chance = task.sample(1000, random_stream(0)), pytest.approx(1 / deg, abs=0.06)
+    for first, accuracy, clever_hans in (("cheat", chance, 1), ("plan", 1, 1), ("recite", 1, 0)):
+        result = evaluation.evaluate(Reader(task, first), task, graphs, False)
+        assert result["accuracy"] == accuracy and result["clever_hans"] == clever_hans
+        assert result["token_accuracy"] == [1, result["accuracy"], 1, 1, 1]
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("model", ["gpt", "mamba", "cheat"])
+def test_one_pass_counts_the_same_answers_as_generation(model, teacherless):
+    """A greedy path equals the target exactly when every argmax behind true tokens does: graph by graph."""
+    if model == "cheat":
+        task = PathStar(2, 5, 50)
+        net, graphs = Reader(task, "recite" if teacherless else "cheat"), task.sample(300, random_stream(0))
+    else:
+        given = dict(num_nodes=6, batch_size=32, n_train=100, n_test=300)
+        run = new_run(model=model, teacherless=teacherless, **given)
+        for _ in range(50):  # enough for some right answers, not for all
+            run.train_step()
+        task, net, graphs = run.task, run.model, run.test
+    answer, _ = evaluation.predict(net, task, graphs.prefix, graphs.target, teacherless, 128)
+    right = (generate(net, task, graphs.prefix, teacherless) == graphs.target).all(1)
+    assert torch.equal((answer == graphs.target).all(1), right)
+    accuracy = evaluation.evaluate(net, task, graphs, teacherless)["accuracy"]
+    assert accuracy == pytest.approx(right.float().mean().item())
+    assert 0 < right.sum() < len(right) or (model, teacherless) == ("cheat", True)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# train.py
+
+
+@BOTH_MODELS
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_parameter_groups_are_disjoint_and_complete(model, optimizer):
+    """"What has two dimensions decays" takes A_log and the embeddings along; Muon would too."""
+    net = new_model(model)
+    groups = train.parameter_groups(net)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in net.named_parameters())
+    maps = ("c_attn", "c_proj", "c_fc") if model == "gpt" else ("in_proj", "x_proj", "dt_proj", "out_proj")
+    assert set(groups["matrices"]) == {x for x in names if x.endswith("weight") and x.split(".")[-2] in maps}
+    optimizers = train.make_optimizers(net, train.settle(tiny(optimizer=optimizer, weight_decay=0.5)))
+    matrices, seen = {id(p) for p in groups["matrices"].values()}, []
+    for opt in optimizers:
+        for group in opt.param_groups:
+            seen += map(id, group["params"])
+            decayed = group["weight_decay"] == 0.5
+            assert decayed or group["weight_decay"] == 0
+            assert all((id(p) in matrices) == decayed for p in group["params"])
+            assert isinstance(opt, torch.optim.Muon) == (decayed and optimizer == "muon")
+    assert sorted(seen) == sorted(map(id, net.parameters()))
+
+
+def test_rate_warms_up_stays_and_falls_to_zero_after_the_task_is_solved():
+    """rate(): the schedule, by hand."""
+    settings = dict(warmup=10, max_steps=100, cooldown=20)
+    rate = lambda step, solved_at=None, **given: train.rate(step, settings | given, solved_at)
+    assert [rate(step) for step in (0, 4, 9, 50, 80, 90, 100)] == [0.1, 0.5, 1, 1, 1, 0.5, 0]
+    assert [rate(step, 30) for step in (30, 40, 45, 50)] == [1, 0.5, 0.25, 0]
+    assert [rate(step, 95) for step in (95, 100)] == [0.25, 0]  # never beyond max_steps
+    assert [rate(99, cooldown=0), rate(60, 30, cooldown=0)] == [1, 1]
+    assert [train.last_step(settings, solved_at) for solved_at in (None, 30, 95)] == [100, 50, 100]
+
+
+def test_training_ends_after_the_cooldown_that_follows_the_solution(tmp_path, monkeypatch):
+    """The decay starts when the training graphs are answered right, the run ends with it; or at stop_at."""
+    monkeypatch.setattr(train, "CHECK_EVERY", 10)
+    easy = dict(path_len=2, num_nodes=6, max_steps=400)
+    state = trained(tmp_path / "cooled", **easy, cooldown=7, eval_every=1000)
+    assert state["solved_at"] % 10 == 0 and state["step"] == state["solved_at"] + 7 < 400
+    assert 0 < state["log"][-1]["lr"] < TINY["lr"] / 6  # one step before 0
+    state = trained(tmp_path / "stopped", **easy, eval_every=2, stop_at=0.3)
+    assert state["step"] < 400 and state["log"][-1]["accuracy"] >= 0.3 > state["log"][-2]["accuracy"]
+
+
+@BOTH_MODELS
+@BOTH_MODES
+def test_overfits_one_batch(model, teacherless):
+    """The loss, the gradients and both optimisers: the answers to eight graphs are learnt by heart."""
+    run = new_run(model=model, teacherless=teacherless, n_train=8)
+    graphs = Graphs(*(x.long() for x in run.batches.fixed))
+    for _ in range(60):
+        run.train_step()
+    result = evaluation.evaluate(run.model, run.task, graphs, teacherless)
+    assert result["accuracy"] == 1 and result["loss"] < 0.1
+
+
+def interrupted(monkeypatch, folder, step, **given):
+    """A run that gets SIGINT while it does a step."""
+    with monkeypatch.context() as patch:
+        def train_step(run, original=train.Run.train_step):
+            original(run)
+            if run.step == step:
+                signal.raise_signal(signal.SIGINT)
+        patch.setattr(train.Run, "train_step", train_step)
+        with pytest.raises(SystemExit) as stop:
+            trained(folder, **given)
+    assert stop.value.code == 128 + signal.SIGINT and checkpoint(folder)["step"] == step
+
+
+@pytest.mark.parametrize("given", [
+    dict(model="gpt", optimizer="adamw", path_len=2, n_train=8, max_steps=40),
+    dict(model="mamba", teacherless=True, n_train=0)], ids=["gpt-adamw-fixed", "mamba-muon-fresh"])
+def test_resume_is_exact(tmp_path, monkeypatch, given):
+    """Stopped in mid-interval and resumed, a run ends with the same bits: weights, optimisers, log."""
+    whole = trained(tmp_path / "whole", **given)
+    assert whole["hits"] > 0 or given["model"] == "mamba"  # or else the counter is not compared
+    interrupted(monkeypatch, tmp_path / "cut", whole["step"] // 2 + 1, **given)
+    for name in ("again", "spoilt"):  # copies, as a folder stays locked for as long as this process lives
+        shutil.copytree(tmp_path / "cut", tmp_path / name)
+    with open(tmp_path / "again" / "log.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # as a crash between the line and the checkpoint leaves it
+    train.main(["--resume", f"--out_dir={tmp_path / 'again'}"])
+    assert same(checkpoint(tmp_path / "again"), whole) and whole["step"] == tiny(**given)["max_steps"]
+    lines = (tmp_path / "again" / "log.jsonl").read_text().splitlines()
+    assert same([json.loads(line) for line in lines], whole["log"]) and len(lines) == whole["step"] / 4
+    # the control: the same weights with optimisers that forgot, or another seed, must not come out the same
+    state = checkpoint(tmp_path / "spoilt")
+    for moments in (m for optimizer in state["optimizers"] for m in optimizer["state"].values()):
+        for value in moments.values():
+            value.zero_()
+    torch.save(state, tmp_path / "spoilt" / "ckpt.pt")
+    train.main(["--resume", f"--out_dir={tmp_path / 'spoilt'}"])
+    assert not same(checkpoint(tmp_path / "spoilt")["model"], whole["model"])
+    assert not same(trained(tmp_path / "other", seed=1, **given)["model"], whole["model"])
+
+
+def test_evaluation_does_not_change_the_training(tmp_path):
+    """However often it is measured, the model is the same."""
+    weights = [trained(tmp_path / f"every{n}", eval_every=n)["model"] for n in (1, 5, 1000)]
+    assert same(weights[0], weights[1]) and same(weights[0], weights[2])
+
+
+GOLDEN = {"gpt": [2.6884, 2.6903, 2.6020, 2.5666, 2.5170, 2.5477, 2.5193, 2.4125, 2.3605, 2.3458],
+          "mamba": [2.6537, 2.5927, 2.6358, 2.5922, 2.6021, 2.4839, 2.5052, 2.4505, 2.3549, 2.2799]}
+
+
+@BOTH_MODELS
+def test_the_first_ten_losses(tmp_path, model):
+    """The same bits in every run, others with another seed; and the values they had when this was written."""
+    given = dict(model=model, teacherless=model == "mamba", max_steps=10, eval_every=1, muon_lr=0.01)
+    a, b, other = ([line["loss"] for line in trained(tmp_path / f"run{i}", seed=seed, **given)["log"]]
+                   for i, seed in enumerate((0, 0, 1)))
+    assert a == b and all(x != y for x, y in zip(a, other))
+    assert a == pytest.approx(GOLDEN[model], rel=1e-3)
+
+
+@pytest.mark.parametrize("step, message", [(6, "at step 7"), (8, "after step 8")])
+def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capfd, step, message):
+    """One line with the step, exit code 1, the checkpoint before it kept; also where no loss shows it yet."""
+    def train_step(run, original=train.Run.train_step):
+        original(run)
+        if run.step == step:
+            next(run.model.parameters()).data.fill_(math.nan)
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+    with pytest.raises(SystemExit) as stop:
+        trained(tmp_path / "run")
+    error = capfd.readouterr().err
+    assert stop.value.code == 1 and message in error and error.count("\n") == 1
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The command lines.
+
+
+def shell(folder, script, *argv):
+    """Run a script in a process of its own, in `folder` -> its standard output."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *map(str, argv)], cwd=folder,
+                          timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_scripts_run_one_after_the_other(tmp_path):
+    """data.py shows and writes graphs, train.py trains and is tested on them, eval.py measures the same."""
+    assert "official text" in shell(tmp_path, "data.py", "--deg", 3, "--path_len", 4)
+    shell(tmp_path, "data.py", "--write", "test.txt", "--n", 40, "--path_len", 3, "--num_nodes", 10)
+    assert len(data.load(tmp_path / "test.txt", PathStar(2, 3, 10)).prefix) == 40
+    argv = [x for x in command(test_file="test.txt") if not x.startswith("--n_test")]
+    assert "40 unseen graphs" in shell(tmp_path, "train.py", *argv)
+    (run,) = (tmp_path / "out").iterdir()  # the folder's default name
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    output = shell(tmp_path, "eval.py", run, "--json", "--show", 2).splitlines()
+    assert json.loads(output[0])["accuracy"] == line["accuracy"] and line["test_graphs"] == 40
+    assert sum(text.startswith(("right  ", "WRONG  ")) for text in output) == 2
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    """SIGINT to a running train.py: exit code 130, a checkpoint, and a command that goes on from it."""
+    argv = [sys.executable, Path(__file__).with_name("train.py"), *command(max_steps=10**6, out_dir="run")]
+    process = subprocess.Popen(argv, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while not (line := process.stdout.readline()).startswith("step"):
+            assert line, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    step = checkpoint(tmp_path / "run")["step"]
+    assert process.returncode == 130 and f"saved at step {step:,}" in output
+    _, script, *argv = output.split("to go on: ")[1].split()
+    shell(tmp_path, script, *argv, "--max_steps", step + 3)
+    assert checkpoint(tmp_path / "run")["step"] == step + 3
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train.main(command(out_dir=folder, max_steps=1))
+    return folder
+
+
+@pytest.mark.parametrize("line, words", [
+    ("data.py --num_nodes 8", "num_nodes 8.*9"), ("data.py --deg 0", "deg.*'0'.*1"),
+    ("data.py --write run", "run.*exists"),
+    ("train.py --model rnn", "rnn.*gpt.*mamba"), ("train.py --num_nodes 8", "num_nodes 8.*9"),
+    ("train.py --n_head 3", "n_head 3.*64"), ("train.py --batch_size 65 --n_train 64", "65.*64"),
+    ("train.py --lr nan", "lr.*nan"), ("train.py --model mamba --n_head 2", "n_head 2.*mamba"),
+    ("train.py --test_file missing", "missing"), ("train.py --test_file run", "run"),
+    ("train.py --device abacus", "abacus.*cpu"), ("train.py --teacherles", "teacherles"),
+    ("train.py --n_train 0 --out_dir run", "run.*--resume"),
+    ("train.py --resume --out_dir nowhere", "nowhere"),
+    ("train.py --resume --out_dir run --seed 7", "seed 7.*0"),
+    ("train.py --resume --out_dir damaged", "damaged/ckpt.pt"),
+    ("eval.py", "RUN"), ("eval.py nowhere", "nowhere"), ("eval.py damaged", "damaged/ckpt.pt"),
+    ("eval.py run --show 0", "show.*'0'"),
+    ("eval.py run --test_file run/config.json", "config.json, line 1")])
+def test_a_mistake_ends_in_one_line(tmp_path, monkeypatch, capfd, a_run, line, words):
+    """Exit code 2, one line on stderr that names what is wrong, nothing on stdout, not a file touched."""
+    for name in ("run", "damaged"):
+        shutil.copytree(a_run, tmp_path / name)
+    whole = (tmp_path / "damaged" / "ckpt.pt").read_bytes()
+    middle = len(whole) // 2  # in the weights: only a checksum can tell
+    (tmp_path / "damaged" / "ckpt.pt").write_bytes(whole[:middle] + b"damaged" + whole[middle + 7:])
+    files = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    before, (script, *argv) = files(), line.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        {"data.py": data, "train.py": train, "eval.py": evaluation}[script].main()
+    output, error = capfd.readouterr()
+    assert stop.value.code == 2 and error.startswith(f"{script}: error: ") and error.endswith("\n")
+    assert error.count("\n") == 1 and not output and re.search(words, error), error
+    assert files() == before
