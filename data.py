@@ -34,7 +34,7 @@ class Graphs(NamedTuple):
 class PathStar:
     """The graph G(deg, path_len) with labels drawn from `num_nodes` values, and its tokens.
 
-    Node v is token v; then come `|`, `=`, `/` and the dummy `$` of teacherless training. Commas carry no token.
+    Node v is token v, then `|`, `=`, `/` and the dummy `$` of teacherless training; commas have none.
     Raises UserError (a ValueError), naming the smallest value that works, where there is no such graph.
     """
     deg: int
@@ -78,14 +78,14 @@ class PathStar:
     def encode(self, text):
         """One line of official text -> prefix (prefix_len,), target (target_len,), long.
 
-        The text has the path from start to goal whatever the task; a reversed task's target is its mirror image.
+        The text has the path from start to goal whatever the task; a reversed task's target mirrors it.
         Raises ValueError if the line is not, to the letter, a graph of this task with its path.
         """
         prefix, target, _ = self._parse(text)
         return torch.tensor(prefix), torch.tensor(target)
 
     def decode(self, prefix, target):
-        """The inverse of `encode`: prefix (prefix_len,), target (target_len,) -> a line of official text."""
+        """Inverse of `encode`: prefix (prefix_len,), target (target_len,) -> a line of official text."""
         prefix, path = prefix.tolist(), target.tolist()[::-1 if self.reverse else 1]
         edges = "|".join(f"{u},{v}" for u, v in zip(prefix[:-3:3], prefix[1:-3:3]))
         return f"{edges}/{prefix[-3]},{prefix[-2]}={','.join(map(str, path))}"
@@ -95,7 +95,8 @@ class PathStar:
         node, E = "(?:0|[1-9][0-9]*)", self.num_edges
         if not re.fullmatch(rf"{node},{node}(?:\|{node},{node}){{{E - 1}}}/{node},{node}={node}"
                             rf"(?:,{node}){{{self.path_len - 1}}}", text):
-            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges and {self.path_len} nodes in the path")
+            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges "
+                             f"and {self.path_len} nodes in the path")
         numbers = [int(x) for x in re.findall("[0-9]+", text)]
         if max(numbers) >= self.num_nodes:
             raise ValueError(f"node {max(numbers)} is out of range: num_nodes is {self.num_nodes}")
@@ -106,9 +107,9 @@ class PathStar:
         for arm in arms:
             while arm[-1] in following and len(arm) < self.path_len:
                 arm.append(following[arm[-1]])
-        arms.sort(key=lambda arm: arm[-1] != goal)  # the goal's arm first; the others in order of appearance
-        nodes = {start}.union(*arms)
-        if len(nodes) != 1 + E or any(len(arm) != self.path_len - 1 for arm in arms) or len(arms) != self.deg:
+        arms.sort(key=lambda arm: arm[-1] != goal)  # the goal's arm first; the others as they appear
+        nodes, lengths = {start}.union(*arms), [len(arm) for arm in arms]
+        if len(nodes) != 1 + E or lengths != [self.path_len - 1] * self.deg:
             raise ValueError(f"the edges do not form {self.graph} around node {start}")
         if path != [start] + arms[0] or path[-1] != goal:
             raise ValueError(f"the path is not the one from {start} to {goal}")
@@ -118,7 +119,7 @@ class PathStar:
 
 
 def load(path, task):
-    """Read a file of official text -> Graphs. Raises UserError naming the file and the first line that is wrong."""
+    """A file of official text -> Graphs. Raises UserError naming the file and the first wrong line."""
     try:
         with open(path, "rb") as file:
             lines = file.readlines()
@@ -140,27 +141,29 @@ def load(path, task):
 def save(path, task, graphs):
     """Write Graphs as official text, one line a graph, to a file that does not exist yet."""
     with open(path, "x") as file:
-        file.writelines(task.decode(prefix, target) + "\n" for prefix, target in zip(graphs.prefix, graphs.target))
+        pairs = zip(graphs.prefix, graphs.target)
+        file.writelines(task.decode(prefix, target) + "\n" for prefix, target in pairs)
 
 
 def inputs(task, prefix, target, teacherless):
     """The tokens a model is fed: prefix (n, prefix_len), target (n, target_len) -> (n, seq_len - 1).
 
-    Standard training (teacher forcing, eq. 2 of the paper): the target, shifted; its last token is never fed.
-    Teacherless training (eq. 5): the dummy `$` in its place. The loss is on the last target_len positions.
+    Standard (teacher forcing, eq. 2 of the paper): the target, shifted; its last token is never fed.
+    Teacherless (eq. 5): the dummy `$` in its place. The loss is on the last target_len positions.
     """
     fed = torch.full_like(target[:, 1:], task.dollar) if teacherless else target[:, :-1]
     return torch.cat([prefix, fed], 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets of graphs and batches. Every random draw has a key of its own: the graphs of step s depend on the seed and
-# s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the training stream.
+# -------------------------------------------------------------------------------------------------------
+# Sets of graphs and batches. Every random draw has a key of its own: the graphs of step s depend on the
+# seed and s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the
+# training stream.
 
 
 def random_stream(*key, device="cpu"):
     """A torch.Generator that depends on the integers of `key` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the CPU generator takes in
+    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the CPU generator takes
     return torch.Generator(device).manual_seed(int(seed))
 
 
@@ -168,7 +171,7 @@ TRAIN, TEST, FRESH, SHUFFLE = range(4)  # the first integer of a key
 
 
 def identities(graphs):
-    """A bytes value for each graph, the same for the same edges in any order, whichever arm holds the goal."""
+    """A bytes value a graph, the same for the same edges in any order, whichever arm holds the goal."""
     by_first_node = graphs.arms[:, :, 0].argsort(1)
     arms = graphs.arms.gather(1, by_first_node[:, :, None].expand_as(graphs.arms)).flatten(1)
     rows = torch.cat([graphs.prefix[:, -3:-2], arms], 1).to(torch.int32).numpy()
@@ -177,7 +180,8 @@ def identities(graphs):
 
 def compact(task, graphs):
     """Graphs in the smallest integer type that holds the vocabulary."""
-    dtype = torch.uint8 if task.vocab_size <= 256 else torch.int16 if task.vocab_size <= 2 ** 15 else torch.int32
+    size = task.vocab_size
+    dtype = torch.uint8 if size <= 256 else torch.int16 if size <= 2 ** 15 else torch.int32
     return Graphs(*(x.to(dtype) for x in graphs))
 
 
@@ -209,9 +213,9 @@ def without(graphs, taken):
 
 
 class Batches:
-    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device.
+    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long.
 
-    From a fixed set of graphs, reshuffled every epoch; or, with `graphs` None, fresh graphs at every step.
+    On the device; from a fixed set, reshuffled every epoch, or, with `graphs` None, fresh at every step.
     """
 
     def __init__(self, task, batch_size, seed, device, graphs=None):
@@ -221,10 +225,11 @@ class Batches:
 
     def __call__(self, step):
         if self.fixed is None:
-            graphs = self.task.sample(self.batch_size, random_stream(FRESH, self.seed, step, device=self.device))
+            stream = random_stream(FRESH, self.seed, step, device=self.device)
+            graphs = self.task.sample(self.batch_size, stream)
             return graphs.prefix, graphs.target
         n = len(self.fixed.prefix)
-        epoch, batch = divmod(step, n // self.batch_size)  # the rest of an epoch that fills no batch is left out
+        epoch, batch = divmod(step, n // self.batch_size)  # what fills no batch is left out
         if epoch != self.epoch:
             order = torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch))
             self.epoch, self.order = epoch, order.to(self.device)
@@ -232,15 +237,16 @@ class Batches:
         return self.fixed.prefix[index].long(), self.fixed.target[index].long()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The command line.
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; the project's scripts report every mistake of a user through it."""
+    """A parser whose errors are one line; the scripts report every mistake of a user through it."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -284,11 +290,12 @@ def main():
     parser = Parser(__doc__)
     for name, default, least, most, text in (
             ("deg", 2, 1, 10**4, "arms of the graph, d"), ("path_len", 5, 2, 10**4, "nodes of the path, l"),
-            ("num_nodes", 50, 2, 10**6, "node values, N"), ("seed", 0, 0, 2**32 - 1, "seed of the graphs"),
+            ("num_nodes", 50, 2, 10**4, "node values, N"), ("seed", 0, 0, 2**32 - 1, "seed of the graphs"),
             ("n", 20_000, 1, 10**8, "graphs to write")):
         parser.add_argument(f"--{name}", type=number(int, least, most), default=default, metavar="X",
                             help=f"{text} (default {default})")
-    parser.add_argument("--write", metavar="FILE", help="write official text to this new file, and do nothing else")
+    parser.add_argument("--write", metavar="FILE",
+                        help="write official text to this new file, and do nothing else")
     args = parser.parse_args()
     stream = random_stream(TRAIN, args.seed)
     try:
@@ -316,7 +323,8 @@ def main():
     fresh = Batches(task, 64, 0, "cpu")
     print("\nmedian of 5, ms")
     for name, function in (("10,000 graphs, sampled", lambda: task.sample(10_000, stream)),
-                           ("a batch of 64, fresh", lambda: fresh(1)), ("a batch of 64, fixed set", lambda: fixed(1))):
+                           ("a batch of 64, fresh", lambda: fresh(1)),
+                           ("a batch of 64, fixed set", lambda: fixed(1))):
         print(f"{name:<26}{median_ms(function):7.2f}")
 
 

@@ -1,11 +1,11 @@
 """Evaluate runs of train.py: rebuild each model from its folder and print one table.
 
-    python eval.py out/RUN [out/RUN ...]            # the table, beside the paper's figures
-    python eval.py out/RUN --show 4                 # test graphs with the model's answer, right ones and wrong ones
-    python eval.py out/RUN ... --plot curves.png    # accuracy against samples seen (needs matplotlib)
+    python eval.py out/RUN [out/RUN ...]          # the table, beside the paper's figures
+    python eval.py out/RUN --show 4               # test graphs with the model's answer, right and wrong
+    python eval.py out/RUN ... --plot curves.png  # accuracy against samples seen (needs matplotlib)
 
-Exact match: the whole path right under greedy decoding. It takes one forward pass, not l: a path generated token by
-token equals the target exactly when every prediction made behind the true tokens does.
+Exact match: the whole path right under greedy decoding. It takes one forward pass, not l: a path that is
+generated token by token equals the target exactly when every prediction behind the true tokens does.
 """
 import json
 import zipfile
@@ -18,32 +18,35 @@ from data import Parser, PathStar, UserError, inputs, load, number, sample_test_
 from mamba import Mamba, MambaConfig
 from model import GPT, GPTConfig, generate
 
-# Exact match in % from scratch, digitised from the authors' bar charts (+-1.5): standard, teacherless, reverse.
+# Exact match in % from scratch, read off the authors' charts (+-1.5): standard, teacherless, reverse.
 PAPER = {
-    "gpt": {"G(2,5)": (50, 100, 100), "G(2,20)": (49, 0, 100), "G(5,5)": (19, 0, 100), "G(10,5)": (8, 0, 100), "G(20,5)": (0, 0, 0)},
-    "mamba": {"G(2,5)": (49, 0, 99), "G(2,20)": (49, 0, 97), "G(5,5)": (20, 0, 100), "G(10,5)": (9, 0, 100), "G(20,5)": (0, 0, 0)},
+    "gpt": {"G(2,5)": (50, 100, 100), "G(2,20)": (49, 0, 100), "G(5,5)": (19, 0, 100),
+            "G(10,5)": (8, 0, 100), "G(20,5)": (0, 0, 0)},
+    "mamba": {"G(2,5)": (49, 0, 99), "G(2,20)": (49, 0, 97), "G(5,5)": (20, 0, 100),
+              "G(10,5)": (9, 0, 100), "G(20,5)": (0, 0, 0)},
 }
 
 
 def objective(settings):
-    names = {(False, False): "standard", (True, False): "teacherless", (False, True): "reverse", (True, True): "teacherless reverse"}
+    names = {(False, False): "standard", (True, False): "teacherless",
+             (False, True): "reverse", (True, True): "teacherless reverse"}
     return names[settings["teacherless"], settings["reverse"]]
 
 
 def paper_accuracy(settings):
-    """The paper's exact match for the same graph, model and objective, as a fraction of 1; None where it has none."""
+    """The paper's exact match for the same graph, model and objective, as a fraction of 1, or None."""
     cells = PAPER[settings["model"]].get(f"G({settings['deg']},{settings['path_len']})")
     names = ("standard", "teacherless", "reverse")
     return cells[names.index(objective(settings))] / 100 if cells and objective(settings) in names else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Measuring a model.
 
 
 @torch.no_grad()
 def predict(model, task, prefix, target, teacherless, batch_size):
-    """Greedy predictions behind the true tokens (or behind `$`) -> predictions, cross-entropies, both (n, target_len)."""
+    """Greedy predictions behind the true tokens (or `$`) and cross-entropies, both (n, target_len)."""
     device, answers, losses = next(model.parameters()).device, [], []
     fed = inputs(task, prefix, target, teacherless)
     for i in range(0, len(fed), batch_size):
@@ -58,8 +61,9 @@ def predict(model, task, prefix, target, teacherless, batch_size):
 
 
 def evaluate(model, task, graphs, teacherless, batch_size=256):
-    """One forward pass over Graphs -> dict of loss (nats a token), accuracy (exact match) and token_accuracy (a list
-    along the target), fractions of 1; for standard training also clever_hans, where there is a wrong arm to follow."""
+    """One forward pass over Graphs -> dict of loss (nats a token), accuracy (exact match) and
+    token_accuracy (a list along the target), fractions of 1; for standard training also clever_hans,
+    where there is a wrong arm to follow."""
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
     right = answer == graphs.target
     result = dict(loss=loss.mean().item(), accuracy=right.all(1).float().mean().item(),
@@ -70,22 +74,27 @@ def evaluate(model, task, graphs, teacherless, batch_size=256):
 
 
 def clever_hans(model, task, graphs, batch_size=256):
-    """Share of graphs on which a standard model, fed a WRONG first arm node, follows that arm to its end (section 4.3).
+    """Share of graphs where a standard model, fed a WRONG first arm node, follows that arm to its end.
 
-    About 1: it looks up the next edge and has planned nothing.
+    About 1: it looks up the next edge and has planned nothing (section 4.3).
     """
     wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)
     answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
     return (answer[:, 2:] == wrong[:, 2:]).all(1).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Runs: a folder with config.json (the settings), ckpt.pt and log.jsonl.
+
+
+# Settings that may change when a run is resumed: they decide where and for how long, not what is computed.
+FREE = ("max_steps", "stop_at", "eval_every", "device", "compile", "out_dir")
 
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
-    there = [d for d, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()] + ["cpu"]
+    backends = (("cuda", torch.cuda), ("mps", torch.backends.mps))
+    there = [d for d, backend in backends if backend.is_available()] + ["cpu"]
     name = there[0] if name == "auto" else name
     if name.split(":")[0] not in there:
         raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
@@ -99,15 +108,20 @@ def build(settings):
     """The task and a freshly initialised model of a run's settings (dict)."""
     task = PathStar(settings["deg"], settings["path_len"], settings["num_nodes"], settings["reverse"])
     if settings["model"] == "gpt":
-        names, fixed, kind, config = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1), GPT, GPTConfig
+        kind, config = GPT, GPTConfig
+        names, fixed = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1)
     else:
-        names, fixed, kind, config = ("d_state",), dict(d_model=settings["n_embd"]), Mamba, MambaConfig
+        kind, config = Mamba, MambaConfig
+        names, fixed = ("d_state",), dict(d_model=settings["n_embd"])
     shared = {name: settings[name] for name in ("n_layer", "n_unique", "embed_std", *names)}
     return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 
 
 def load_run(folder):
-    """A run's settings and checkpoint (dicts). Raises UserError naming the file that is missing, damaged or foreign."""
+    """A run's settings and checkpoint (dicts).
+
+    Raises UserError naming the file that is missing, damaged or foreign.
+    """
     config, ckpt = Path(folder, "config.json"), Path(folder, "ckpt.pt")
     for file in (config, ckpt):
         if not file.is_file():
@@ -119,7 +133,8 @@ def load_run(folder):
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
-        same = checkpoint["settings"] == settings
+        fixed = lambda s: {name: value for name, value in s.items() if name not in FREE}
+        same = fixed(checkpoint["settings"]) == fixed(settings)
     except Exception as error:  # whatever a damaged file makes the readers raise
         reason = str(error).split("\n")[0][:100]
         file = ckpt if "settings" in locals() else config
@@ -136,7 +151,8 @@ def load_model(folder, device="cpu"):
         task, model = build(settings)
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
-        raise UserError(f"{folder}: the checkpoint does not fit its settings ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the checkpoint does not fit its settings ({reason})") from None
     return settings, checkpoint, task, model.to(device).eval()
 
 
@@ -144,7 +160,7 @@ def percent(x):
     return "-" if x is None else f"{100 * x:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The table, the examples, the plots.
 
 
@@ -154,10 +170,11 @@ def measure(folder, device, test_file=None, n_test=None):
     graphs = test_graphs(settings, task, test_file or settings["test_file"], n_test)
     result = evaluate(model, task, graphs, settings["teacherless"])
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
-    return dict(run=str(folder), model=settings["model"], objective=objective(settings), task=str(task), seed=settings["seed"],
-                step=checkpoint["step"], samples=checkpoint["step"] * settings["batch_size"], seconds=checkpoint["seconds"],
-                test_graphs=len(graphs.target), first_node=first_node, chance=1 / task.deg, paper=paper_accuracy(settings),
-                **result)
+    samples = checkpoint["step"] * settings["batch_size"]
+    return dict(run=str(folder), model=settings["model"], objective=objective(settings), task=str(task),
+                seed=settings["seed"], step=checkpoint["step"], samples=samples,
+                seconds=checkpoint["seconds"], test_graphs=len(graphs.target), first_node=first_node,
+                chance=1 / task.deg, paper=paper_accuracy(settings), **result)
 
 
 def test_graphs(settings, task, test_file, n_test):
@@ -166,8 +183,10 @@ def test_graphs(settings, task, test_file, n_test):
 
 def table(rows):
     """Rows of `measure` -> lines of text."""
-    columns = ["run", "task", "model", "objective", "samples", "exact %", "paper %", "first node %", "chance %", "Clever Hans %", "tokens %"]
-    cells = [[r["run"], r["task"], r["model"], r["objective"], f"{r['samples']:,}", percent(r["accuracy"]), percent(r["paper"]),
+    columns = ["run", "task", "model", "objective", "samples", "exact %", "paper %",
+               "first node %", "chance %", "Clever Hans %", "tokens %"]
+    cells = [[r["run"], r["task"], r["model"], r["objective"], f"{r['samples']:,}",
+              percent(r["accuracy"]), percent(r["paper"]),
               percent(r["first_node"]), percent(r["chance"]), percent(r.get("clever_hans")),
               " ".join(percent(x) for x in r["token_accuracy"])] for r in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
@@ -176,7 +195,7 @@ def table(rows):
 
 
 def show(folder, device, k, test_file=None):
-    """k test graphs with the model's own answer (generated), the wrong ones first as far as there are any."""
+    """k test graphs with the model's own answer (generated), the wrong ones first if there are any."""
     settings, _, task, model = load_model(folder, device)
     graphs = test_graphs(settings, task, test_file or settings["test_file"], None)
     prefix, target = graphs.prefix[:1000].to(device), graphs.target[:1000].to(device)
@@ -184,7 +203,8 @@ def show(folder, device, k, test_file=None):
     right = (answer == target).all(1)
     wrong, correct = (~right).nonzero()[:, 0].tolist(), right.nonzero()[:, 0].tolist()
     chosen = wrong[:max((k + 1) // 2, k - len(correct))] + correct
-    yield f"{folder}: of {len(right):,} test graphs {len(wrong):,} are answered wrong; {min(k, len(right))} of them and of the right ones"
+    yield (f"{folder}: of {len(right):,} test graphs {len(wrong):,} are answered wrong; "
+           f"{min(k, len(right))} of them and of the right ones")
     for i in chosen[:k]:
         text = task.decode(prefix[i], target[i])
         said = ",".join(map(str, (answer[i].flip(0) if task.reverse else answer[i]).tolist()))
@@ -221,12 +241,14 @@ def plot_curves(folders, file):
     for folder in folders:
         settings, log = load_run(folder)[0], read_log(folder)
         samples, name = [line["samples"] for line in log], f"{settings['model']}, {objective(settings)}"
+        exact = [100 * line["accuracy"] for line in log]
         if len(folders) > 1:
-            axes.plot(samples, [100 * line["accuracy"] for line in log], label=f"{name}, seed {settings['seed']}")
+            axes.plot(samples, exact, label=f"{name}, seed {settings['seed']}")
             continue
         for i, accuracy in enumerate(zip(*(line["token_accuracy"] for line in log))):
-            axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}", color=plt.cm.viridis(i / settings["path_len"]))
-        axes.plot(samples, [100 * line["accuracy"] for line in log], "k--", label="whole path")
+            color = plt.cm.viridis(i / settings["path_len"])
+            axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}", color=color)
+        axes.plot(samples, exact, "k--", label="whole path")
         axes.set_title(f"{name}, G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}")
     axes.axhline(100 / settings["deg"], color="grey", linewidth=1, linestyle=":", label="chance, 1/d")
     axes.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
@@ -235,24 +257,32 @@ def plot_curves(folders, file):
 
 
 def plot_bars(rows, file):
-    """The paper's main figure, redrawn: exact match by model and objective, ours (mean and range of seeds) beside theirs."""
+    """The paper's main figure, redrawn: exact match by model and objective, ours beside theirs.
+
+    Ours is the mean of the seeds, with their range.
+    """
     plt = pyplot()
+    objectives = ("standard", "teacherless", "reverse")
     graphs = sorted({(row["model"], row["task"].removesuffix(", goal first")) for row in rows})
-    figure, axes = plt.subplots(1, len(graphs), figsize=(2 + 2.4 * len(graphs), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(graphs), figsize=(2 + 2.4 * len(graphs), 3.6), sharey=True,
+                                squeeze=False, layout="constrained")
     for ax, (model, task) in zip(axes[0], graphs):
-        for x, name in enumerate(("standard", "teacherless", "reverse")):
-            cell = [row for row in rows if (row["model"], row["objective"]) == (model, name) and row["task"].startswith(task)]
+        for x, name in enumerate(objectives):
+            cell = [row for row in rows if (row["model"], row["objective"]) == (model, name)
+                    and row["task"].startswith(task)]
             if not cell:
                 continue
             ours = [100 * row["accuracy"] for row in cell]
             mean = sum(ours) / len(ours)
-            ax.bar(x - 0.2, mean, 0.38, color="#1f77b4", yerr=[[mean - min(ours)], [max(ours) - mean]], label="this repository")
+            spread = [[mean - min(ours)], [max(ours) - mean]]
+            ax.bar(x - 0.2, mean, 0.38, color="#1f77b4", yerr=spread, label="this repository")
             ax.text(x - 0.2, mean + 2, f"{mean:.0f}", ha="center", fontsize="small")
-            if cell[0]["paper"] is not None:
-                ax.bar(x + 0.2, 100 * cell[0]["paper"], 0.38, color="#bbbbbb", label="paper")
-                ax.text(x + 0.2, 100 * cell[0]["paper"] + 2, f"{100 * cell[0]['paper']:.0f}", ha="center", fontsize="small")
+            paper = cell[0]["paper"]
+            if paper is not None:
+                ax.bar(x + 0.2, 100 * paper, 0.38, color="#bbbbbb", label="paper")
+                ax.text(x + 0.2, 100 * paper + 2, f"{100 * paper:.0f}", ha="center", fontsize="small")
         ax.axhline(100 * cell[0]["chance"] if cell else 0, color="black", linewidth=1, linestyle=":")
-        ax.set(title=f"{model}, {task}", xticks=range(3), xticklabels=("standard", "teacherless", "reverse"), ylim=(0, 112))
+        ax.set(title=f"{model}, {task}", xticks=range(3), xticklabels=objectives, ylim=(0, 112))
     axes[0, 0].set_ylabel("exact match on unseen graphs, %")
     axes[0, 0].legend(fontsize="small", loc="upper left")
     figure.savefig(file, dpi=150)
@@ -261,13 +291,18 @@ def plot_bars(rows, file):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--show", type=number(int, 1, 1000), metavar="K", help="print K test graphs with the model's answer")
+    parser.add_argument("--show", type=number(int, 1, 1000), metavar="K",
+                        help="print K test graphs with the model's answer")
     parser.add_argument("--test_file", metavar="FILE", help="evaluate on this file of official text")
-    parser.add_argument("--n_test", type=number(int, 1, 10**8), metavar="N", help="test graphs (default: the run's)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a run instead of the table")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy against samples seen: each token's for one run, "
-                        "the exact match for several")
-    parser.add_argument("--bars", metavar="FILE.png", help="draw the exact match of the runs beside the paper's")
+    parser.add_argument("--n_test", type=number(int, 1, 10**8), metavar="N",
+                        help="test graphs (default: the run's)")
+    parser.add_argument("--json", action="store_true",
+                        help="print one JSON object a run instead of the table")
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="draw accuracy against samples seen: each token's for one run, "
+                             "the exact match for several")
+    parser.add_argument("--bars", metavar="FILE.png",
+                        help="draw the exact match of the runs beside the paper's")
     parser.add_argument("--device", default="cpu", help="cuda, mps or cpu (default cpu)")
     args = parser.parse_args(argv)
     try:

@@ -1,10 +1,10 @@
-"""Mamba (Gu & Dao 2023, arXiv 2312.00752) in pure PyTorch: the selective scan, the block, the model, the one-token step.
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752) in pure PyTorch: selective scan, block, model, one-token step.
 
     python mamba.py                  # check the scan against the loop, time both, time a training step
 
-Symbols, paper -> here: x -> u (b, l, d), Delta -> delta (b, l, d), A (d, n), B and C (b, l, n), D (d), h (b, d, n), with
-b sequences, l tokens, d = expand * d_model channels and n = d_state states a channel. Parameter names are those of the
-reference implementation (state-spaces/mamba), so weights move 1:1.
+Symbols, paper -> here: x -> u (b, l, d), Delta -> delta (b, l, d), A (d, n), B and C (b, l, n), D (d),
+h (b, d, n), with b sequences, l tokens, d = expand * d_model channels and n = d_state states a channel.
+Parameter names are those of the reference implementation (state-spaces/mamba), so weights move 1:1.
 """
 import math
 import sys
@@ -18,14 +18,15 @@ from einops import einsum, rearrange
 from data import PathStar, median_ms
 from model import causal_conv, time_step
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The selective scan, twice: as the definition, and fast.
 
 
 def selective_scan_ref(u, delta, A, B, C, D):
     """The recurrence as a plain loop over time: the definition that everything else is tested against.
 
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t . h_t + D u_t  (Mamba paper, algorithm 2 and eq. 2a, 2b)
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t    (Mamba paper, algorithm 2 and eq. 2a, 2b)
+    y_t = C_t . h_t + D u_t
     u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d) -> y (b, l, d), in the dtype of u.
     """
     h = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype, device=u.device)
@@ -37,13 +38,15 @@ def selective_scan_ref(u, delta, A, B, C, D):
     return torch.stack(y, dim=1)
 
 
-# Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE kernel, which
-# keeps the state h in registers and writes nothing of size (b, l, d, n). Longer chunks spill on a GPU.
+# Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE
+# kernel, which keeps the state h in registers and writes nothing of size (b, l, d, n). Longer chunks
+# spill on a GPU.
 CHUNK = 16
 
 
 def walk(x, delta, A, B, h):
-    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T]; x[:, t] etc. broadcast to h."""
+    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T];
+    x[:, t] etc. broadcast to h."""
     h, decay = [h], []
     for t in range(x.shape[1]):
         decay.append(torch.exp(delta[:, t] * A))
@@ -52,19 +55,20 @@ def walk(x, delta, A, B, h):
 
 
 def chunk_forward(x, delta, A, B, C, h):
-    """One chunk with x = delta * u, from the state h -> y (b, T, d) without the skip D u, and the last state."""
-    x, delta, B, C = x[..., None], delta[..., None], B[:, :, None], C[:, :, None]  # all (b, T, d or 1, n or 1)
+    """One chunk, x = delta * u, from state h -> y (b, T, d) without the skip D u, and the last state."""
+    x, delta = x[..., None], delta[..., None]  # (b, T, d, 1)
+    B, C = B[:, :, None], C[:, :, None]        # (b, T, 1, n)
     h, _ = walk(x, delta, A, B, h)
     return torch.stack([(h[t + 1] * C[:, t]).sum(2) for t in range(x.shape[1])], dim=1), h[-1]
 
 
-# The gradient walks each chunk forwards again and then back: recomputing h costs one exp, storing it costs memory and
-# bandwidth. It is cut in two because a kernel can keep its sums in registers along one axis only: over the states n
-# (for x and delta), or over the channels d (for B and C).
+# The gradient walks each chunk forwards again and then back: recomputing h costs one exp, storing it
+# costs memory and bandwidth. It is cut in two because a kernel can keep its sums in registers along one
+# axis only: over the states n (for x and delta), or over the channels d (for B and C).
 
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
-    """Gradients that sum over n -> dx (b, T, d), ddelta (b, T, d), dA (b, d, n), and dh (b, d, n) of the state before."""
+    """Gradients that sum over n -> dx, ddelta (b, T, d), dA and dh of the state before (b, d, n)."""
     x, delta, dy, B, C = x[..., None], delta[..., None], dy[..., None], B[:, :, None], C[:, :, None]
     h, decay = walk(x, delta, A, B, h)
     dx, ddelta, dA = [], [], torch.zeros_like(dh)
@@ -79,10 +83,12 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
 
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
-    """Gradients that sum over d -> dB, dC (b, T, n): over groups of 16 channels, in a GPU's registers, then over groups."""
+    """Gradients that sum over d -> dB, dC (b, T, n): over groups of 16 channels, in a GPU's registers,
+    then over groups."""
     group = 16 if x.shape[2] % 16 == 0 else 1
-    x, delta, dy = (v.unflatten(2, (-1, group))[..., None] for v in (x, delta, dy))  # (b, T, d / group, group, 1)
-    A, h, dh = (v.unflatten(-2, (-1, group)) for v in (A, h, dh))  # (..., d / group, group, n)
+    # x, delta, dy: (b, T, d / group, group, 1); A, h, dh: (..., d / group, group, n)
+    x, delta, dy = (v.unflatten(2, (-1, group))[..., None] for v in (x, delta, dy))
+    A, h, dh = (v.unflatten(-2, (-1, group)) for v in (A, h, dh))
     B, C = B[:, :, None, None], C[:, :, None, None]
     h, decay = walk(x, delta, A, B, h)
     dB, dC = [], []
@@ -108,15 +114,18 @@ class Kernel:
                 return self.compiled(*tensors)
             except Exception as error:  # what the compiler raises differs by back end
                 Kernel.enabled = False
-                print(f"selective_scan: no working compiler ({type(error).__name__}), running uncompiled", file=sys.stderr)
+                print(f"selective_scan: no working compiler ({type(error).__name__}), running uncompiled",
+                      file=sys.stderr)
         return self.function(*tensors)
 
 
-forward_kernel, backward_n_kernel, backward_d_kernel = map(Kernel, (chunk_forward, chunk_backward_n, chunk_backward_d))
+forward_kernel = Kernel(chunk_forward)
+backward_n_kernel = Kernel(chunk_backward_n)
+backward_d_kernel = Kernel(chunk_backward_d)
 
 
 def chunks(*tensors):
-    """Cut (b, l, ...) tensors into lists of (b, CHUNK, ...); zeros fill the last one (delta 0 leaves the state alone)."""
+    """Cut (b, l, ...) tensors into (b, CHUNK, ...); zeros fill the last (delta 0 keeps the state)."""
     pad = -tensors[0].shape[1] % CHUNK
     return zip(*(F.pad(x, (0, 0, 0, pad)).split(CHUNK, dim=1) for x in tensors))
 
@@ -125,7 +134,7 @@ def chunks(*tensors):
 @torch.library.custom_op("pitfalls::scan", mutates_args=())
 def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x = delta * u -> y (b, l, d) without the skip, and the state at the start of each chunk (chunks, b, d, n)."""
+    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk (chunks, b, d, n)."""
     h = x.new_zeros(x.shape[0], *A.shape)
     y, starts = [], []
     for x_t, delta_t, B_t, C_t in chunks(x, delta, B, C):
@@ -180,7 +189,7 @@ def selective_scan(u, delta, A, B, C, D):
     return (y + D * u).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The block and the model.
 
 
@@ -197,7 +206,7 @@ class MambaConfig:
 
 
 class Mixer(nn.Module):
-    """The Mamba block (Mamba paper, figure 3 and section 3.4): gate x SSM(conv(x)), between two projections."""
+    """The block (Mamba paper, figure 3, section 3.4): gate x SSM(conv(x)), between two projections."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,10 +216,11 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
-        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d, 1))  # S4D-real: A = -1 .. -n
+        # S4D-real: A = -1 .. -n
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=False)
-        # step sizes log-uniform in [1e-3, 1e-1]; the bias is the inverse of softplus (Mamba paper, section 3.6)
+        # step sizes log-uniform in [1e-3, 1e-1]; the bias inverts softplus (Mamba paper, section 3.6)
         dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-self.dt_rank ** -0.5, self.dt_rank ** -0.5)
@@ -218,7 +228,7 @@ class Mixer(nn.Module):
             self.out_proj.weight /= math.sqrt(config.n_layer)  # one residual branch a layer
 
     def ssm_inputs(self, u):
-        """The input-dependent parameters of the scan: delta (..., d), B and C (..., n) from u (..., d)."""
+        """The scan's input-dependent parameters: delta (..., d), B and C (..., n) from u (..., d)."""
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
         return F.softplus(at_least_fp32(self.dt_proj(dt))), B, C
@@ -231,7 +241,7 @@ class Mixer(nn.Module):
         return self.out_proj(y * F.silu(gate))
 
     def step(self, x, state):
-        """One token: x (b, d_model), state (last d_conv - 1 inputs of the convolution, h (b, d, n)) -> y, state."""
+        """One token: x (b, d_model), state (last d_conv - 1 conv inputs, h (b, d, n)) -> y, state."""
         past, h = state
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, d) each
         window = torch.cat([past, u[:, None]], dim=1)
@@ -261,7 +271,7 @@ class Mamba(nn.Module):
             embedding=nn.Embedding(config.vocab_size, config.d_model),
             layers=nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
-        # the projections keep PyTorch's own initialisation, as in the reference; only the embedding is redrawn
+        # the projections keep PyTorch's initialisation, as in the reference; the embedding is redrawn
         nn.init.normal_(self.backbone.embedding.weight, std=config.embed_std)
 
     def layers(self):
@@ -283,7 +293,8 @@ class Mamba(nn.Module):
         for i, layer in enumerate(self.layers()):
             if state is None:
                 d, n = layer.mixer.A_log.shape
-                past = x.new_zeros(len(x), layer.mixer.conv1d.kernel_size[0] - 1, d), x.new_zeros(len(x), d, n)
+                taps = layer.mixer.conv1d.kernel_size[0]
+                past = x.new_zeros(len(x), taps - 1, d), x.new_zeros(len(x), d, n)
             else:
                 past = state[i]
             y, past = layer.mixer.step(layer.norm(x), past)
@@ -292,7 +303,7 @@ class Mamba(nn.Module):
         return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight), new_state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The check and the benchmark.
 
 
@@ -300,8 +311,9 @@ def example(b, l, d, n, device="cpu", dtype=torch.float32):
     """Random arguments of the scan, in the range of a fresh model, that take gradients."""
     random = torch.Generator(device).manual_seed(0)
     normal = lambda *size: torch.randn(*size, generator=random, device=device, dtype=dtype)
-    arguments = normal(b, l, d), F.softplus(normal(b, l, d) - 3), -normal(d, n).exp(), normal(b, l, n), normal(b, l, n), normal(d)
-    return [x.requires_grad_() for x in arguments]
+    u, delta, A = normal(b, l, d), F.softplus(normal(b, l, d) - 3), -normal(d, n).exp()
+    B, C, D = normal(b, l, n), normal(b, l, n), normal(d)
+    return [x.requires_grad_() for x in (u, delta, A, B, C, D)]
 
 
 def forward_and_gradients(function, arguments):
@@ -315,17 +327,21 @@ def main():
           "(b, l, d, n)              one exp pass   loop   scan   scan/exp   loop/scan   largest difference")
     for shape in ((64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)):
         arguments = example(*shape, device)
-        difference = max((x - y).abs().max() / y.abs().max() for x, y in zip(forward_and_gradients(selective_scan, arguments),
-                                                                             forward_and_gradients(selective_scan_ref, arguments)))
+        pairs = zip(forward_and_gradients(selective_scan, arguments),
+                    forward_and_gradients(selective_scan_ref, arguments))
+        difference = max((x - y).abs().max() / y.abs().max() for x, y in pairs)
         x = torch.randn(shape, device=device)
-        exp, loop, fast = (median_ms(f) for f in (lambda: torch.exp(x), lambda: forward_and_gradients(selective_scan_ref, arguments),
-                                                  lambda: forward_and_gradients(selective_scan, arguments)))
-        print(f"{str(shape):<25}{exp:13.1f}{loop:7.0f}{fast:7.1f}{fast / exp:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
+        exp = median_ms(lambda: torch.exp(x))
+        loop = median_ms(lambda: forward_and_gradients(selective_scan_ref, arguments))
+        fast = median_ms(lambda: forward_and_gradients(selective_scan, arguments))
+        print(f"{str(shape):<25}{exp:13.1f}{loop:7.0f}{fast:7.1f}"
+              f"{fast / exp:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
 
     task, batch_size = PathStar(2, 5, 50), 64
     model = Mamba(MambaConfig(task.vocab_size, n_unique=2)).to(device)
     print(f"\na training step on {task} (medians of 5; {device})")
-    arguments = example(batch_size, task.seq_len - 1, model.config.expand * model.config.d_model, model.config.d_state, device)
+    d, n = model.config.expand * model.config.d_model, model.config.d_state
+    arguments = example(batch_size, task.seq_len - 1, d, n, device)
     scans = lambda: [forward_and_gradients(selective_scan, arguments) for _ in model.layers()]
     time_step(model, task, batch_size, scans)
 

@@ -1,8 +1,8 @@
 """A compact GPT, with GPT-2's layout and parameter names, and greedy decoding for any model.
 
-    python model.py                  # count the parameters, time a training step beside its bare matrix products
+    python model.py  # count the parameters, time a training step beside its bare matrix products
 
-Sources: Radford et al. 2019 (GPT-2); the paper's GPT-Mini is 12 layers, width 384, 6 heads and `short_conv` 0.
+Source: Radford et al. 2019 (GPT-2). The paper's GPT-Mini: 12 layers, width 384, 6 heads, `short_conv` 0.
 """
 import math
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 1
     n_embd: int = 64
-    short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT of the paper
+    short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT
     embed_std: float = 0.02  # of the token embeddings at the start
     n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
 def causal_conv(x, conv):
-    """A causal depthwise nn.Conv1d along t of x (b, t, d), as shifted products that a compiler fuses into one pass."""
+    """A causal depthwise nn.Conv1d along t of x (b, t, d), as shifted products that a compiler fuses."""
     t, k = x.shape[1], conv.kernel_size[0]
     x = F.pad(x, (0, 0, k - 1, 0))
     y = sum(x[:, i:i + t] * conv.weight[:, 0, i] for i in range(k))
@@ -62,8 +62,8 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, k = config.n_embd, config.short_conv
-        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning to look one
-        # token back; the convolution, the same that a Mamba block holds, has that from the first step.
+        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning
+        # to look one token back; the convolution, the same as in a Mamba block, has that from the start.
         self.conv = nn.Conv1d(d, d, k, groups=d, bias=False) if k else None
         self.ln_1 = nn.LayerNorm(d)
         self.attn = CausalSelfAttention(config)
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (b, t), t at most block_size -> logits (b, t, vocab_size); the head is tied to the embedding.
+    """Token ids (b, t), t <= block_size -> logits (b, t, vocab_size); the head is tied to the embedding.
 
     Raises UserError if n_head does not divide n_embd.
     """
@@ -92,10 +92,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution keeps PyTorch's
+        for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution has PyTorch's
             if name == "wte.weight":
                 nn.init.normal_(p, std=config.embed_std)
-            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches that add to the residual stream
+            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches added to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -117,7 +117,7 @@ class GPT(nn.Module):
 def generate(model, task, prefix, teacherless):
     """The model's own answer by greedy decoding: prefix (n, prefix_len) -> (n, target_len), long.
 
-    A standard model writes a token a pass and reads it back; a teacherless one writes all of them in one pass.
+    A standard model writes a token a pass and reads it back; a teacherless one writes all in one pass.
     """
     if teacherless:
         blank = prefix.new_zeros(len(prefix), task.target_len)
@@ -128,12 +128,12 @@ def generate(model, task, prefix, teacherless):
     return tokens[:, task.prefix_len:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The benchmark.
 
 
 def step_function(model, x, y):
-    """A training step of the quick preset as a function without arguments: forward, backward, Muon, AdamW."""
+    """A step of the quick preset as a function without arguments: forward, backward, Muon, AdamW."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not w for w in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=1e-2, fused=True)]
@@ -148,7 +148,8 @@ def step_function(model, x, y):
 
 def products_function(model, tokens):
     """The products of activations and weights in such a step, alone, as a function without arguments."""
-    weights = [m.weight.detach() for layer in model.layers() for m in layer.modules() if isinstance(m, nn.Linear)]
+    linear = [m for layer in model.layers() for m in layer.modules() if isinstance(m, nn.Linear)]
+    weights = [m.weight.detach() for m in linear]
     pairs = [(w, w.new_ones(tokens, w.shape[1]), w.new_ones(tokens, w.shape[0])) for w in weights]
 
     def products():
@@ -158,7 +159,7 @@ def products_function(model, tokens):
 
 
 def time_step(model, task, batch_size, scans=lambda: None):
-    """Print a training step, eager and compiled, beside its matrix products (and its scans, for a Mamba)."""
+    """Print a training step, eager and compiled, beside its matrix products (and scans, for a Mamba)."""
     device, config = next(model.parameters()).device, model.config
     graphs = task.sample(batch_size, random_stream(0, device=device))
     x = inputs(task, graphs.prefix, graphs.target, True)
@@ -167,8 +168,10 @@ def time_step(model, task, batch_size, scans=lambda: None):
     for layer in set(model.layers()):
         layer.compile()
     compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), scans()))
-    width, parameters = getattr(config, "n_embd", None) or config.d_model, sum(p.numel() for p in model.parameters())
-    print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; step {eager:.1f} ms, compiled {compiled:.1f} ms; "
+    width = getattr(config, "n_embd", None) or config.d_model
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; "
+          f"step {eager:.1f} ms, compiled {compiled:.1f} ms; "
           f"its products (and scans) alone {bare:.1f} ms; ratio {compiled / bare:.2f}", flush=True)
 
 

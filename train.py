@@ -1,11 +1,12 @@
-"""Train a GPT or a Mamba to find the path in a star graph: by teacher forcing, teacherless, or on reversed targets.
+"""Train a GPT or a Mamba to find the path in a star graph: by teacher forcing, teacherless, or reversed.
 
     python train.py --model mamba --teacherless          # solves G(2,5) from scratch
     python train.py --model mamba                        # standard training: stays at a coin flip, 1/d
     python train.py --preset paper                       # the paper's sizes and optimiser, for a GPU
 
-A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (one JSON object an evaluation: step, samples, loss,
-accuracy, token_accuracy, seconds, lr, ...; accuracies are fractions of 1). Ctrl-C saves; --resume goes on, to the bit.
+A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (one JSON object an evaluation:
+step, samples, loss, accuracy, token_accuracy, seconds, lr, ...; accuracies are fractions of 1). Ctrl-C
+saves; --resume goes on, to the bit.
 """
 import argparse
 import contextlib
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,33 +24,39 @@ import torch
 import torch.nn.functional as F
 
 import mamba
-from data import (Batches, Graphs, Parser, UserError, identities, inputs, load, number, sample_test_set, sample_train_set,
-                  without)
-from eval import build, evaluate, load_run, objective, percent, pick_device
+from data import (Batches, Graphs, Parser, UserError, identities, inputs, load, number,
+                  sample_test_set, sample_train_set, without)
+from eval import FREE, build, evaluate, load_run, objective, percent, pick_device
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=1, short_conv=4, embed_std=0.2, batch_size=64, optimizer="muon",
-                  lr=3e-3, weight_decay=0.0, warmup=100, max_steps=8000, cooldown=1000),
+    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, embed_std=0.02, batch_size=64,
+                  optimizer="muon", lr=1e-2, weight_decay=0.0, warmup=100, max_steps=10_000, cooldown=1500),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, embed_std=0.02, batch_size=256, optimizer="adamw",
-                  lr=5e-4, weight_decay=0.01, warmup=100, max_steps=390_500, cooldown=0),
+    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, embed_std=0.02,
+                  batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
+                  warmup=100, max_steps=390_500, cooldown=0),
 }
-CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs answered right, and
-SOLVED = 0.8       # the share from which the learning rate is brought down
-QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole test set decides whether a run is solved
-FREE = ("max_steps", "stop_at", "eval_every", "device", "compile", "out_dir")  # may change when a run is resumed
+CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
+SOLVED = 0.6       # the share from which the learning rate is brought down
+QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole set decides if a run is solved
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Settings.
+
+
+def some_path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'': must be a path")
+    return text
 
 
 def flags():
     """name -> default (None: the preset's), argparse options."""
     whole = lambda least, most=10**9: dict(type=number(int, least, most))
     real = lambda least, most: dict(type=number(float, least, most))
-    switch, path = dict(action="store_true"), dict(metavar="PATH")
+    switch, path = dict(action="store_true"), dict(type=some_path)
     return {
         "preset": ("quick", dict(choices=PRESETS), "settings to start from; any flag given beside it wins"),
         "model": ("gpt", dict(choices=("gpt", "mamba")), "the architecture"),
@@ -56,33 +64,38 @@ def flags():
         "reverse": (False, switch, "write the path goal first"),
         "deg": (2, whole(1, 10_000), "arms of the graph, d"),
         "path_len": (5, whole(2, 10_000), "nodes of the path, l"),
-        "num_nodes": (50, whole(2, 10**6), "node values, N"),
-        "n_train": (200_000, whole(0), "training graphs; 0: fresh ones at every step"),
-        "n_test": (10_000, whole(1), "test graphs"),
+        "num_nodes": (50, whole(2, 10_000), "node values, N"),
+        "n_train": (200_000, whole(0, 10**8), "training graphs; 0: fresh ones at every step"),
+        "n_test": (10_000, whole(1, 10**7), "test graphs"),
         "train_file": (None, path, "train on this file of official text"),
         "test_file": (None, path, "test on this file of official text"),
         "n_layer": (None, whole(1, 1000), "blocks"),
-        "n_unique": (None, whole(0), "layers with weights of their own, applied in turn up to n_layer; 0: all"),
-        "n_embd": (None, whole(1, 100_000), "width of the residual stream"),
+        "n_unique": (None, whole(0),
+                     "layers with weights of their own, applied in turn up to n_layer; 0: all"),
+        "n_embd": (None, whole(1, 10_000), "width of the residual stream"),
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
         "d_state": (16, whole(1, 10_000), "states of a channel (mamba)"),
         "embed_std": (None, real(0, 100), "standard deviation of the token embeddings at the start"),
-        "batch_size": (None, whole(1), "graphs a step"),
+        "batch_size": (None, whole(1, 10**6), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
-        "optimizer": (None, dict(choices=("muon", "adamw")), "muon (with AdamW for all but the hidden matrices) or adamw"),
+        "optimizer": (None, dict(choices=("muon", "adamw")),
+                      "muon (with AdamW for all but the hidden matrices) or adamw"),
         "lr": (None, real(0, 10), "learning rate of AdamW"),
         "muon_lr": (0.01, real(0, 10), "learning rate of Muon"),
         "weight_decay": (None, real(0, 10), "weight decay of the hidden matrices"),
         "warmup": (None, whole(0), "steps of linear warm-up"),
-        "cooldown": (None, whole(0), f"steps of linear decay at the end, which comes when {SOLVED:.0%} of the training graphs "
-                                     "are answered right, at the latest at max_steps; 0: a constant rate"),
+        "cooldown": (None, whole(0),
+                     f"steps of linear decay at the end, which comes when {SOLVED:.0%}% of the training "
+                     "graphs are answered right, at the latest at max_steps; 0: a constant rate"),
         "eval_every": (250, whole(1), "steps between evaluations"),
         "stop_at": (0.999, real(0, 1), "exact match on the test set at which to stop; 0: never"),
         "seed": (0, whole(0, 2**32 - 1), "seed of the weights and of the training graphs"),
         "device": ("auto", {}, "cuda, mps or cpu; auto: the first one there"),
-        "dtype": ("auto", dict(choices=("auto", "float32", "bfloat16")), "of the matrix products; auto: bfloat16 on CUDA"),
-        "compile": (True, dict(action=argparse.BooleanOptionalAction), "torch.compile the blocks and the scan"),
+        "dtype": ("auto", dict(choices=("auto", "float32", "bfloat16")),
+                  "of the matrix products; auto: bfloat16 on CUDA"),
+        "compile": (True, dict(action=argparse.BooleanOptionalAction),
+                    "torch.compile the blocks and the scan"),
         "out_dir": (None, path, "the run's folder (default: out/ and a name made from the settings)"),
         "resume": (False, switch, "go on with the run in the folder"),
     }
@@ -95,16 +108,17 @@ def parse(argv=None):
         shown = "the preset's" if default is None and name in PRESETS["quick"] else default
         if "type" in options:
             options["metavar"] = "X"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{text} (default {shown})", **options)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
+                            help=f"{text} (default {shown})", **options)
     return parser, vars(parser.parse_args(argv))
 
 
 def settle(given):
-    """The flags that were given -> every setting (dict). Raises UserError for flags that contradict each other."""
+    """The flags given -> every setting (dict). Raises UserError for flags that contradict each other."""
     settings = {name: default for name, (default, _, _) in flags().items()}
     settings |= PRESETS[given.get("preset", "quick")] | given
-    without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"), ("d_state", "model", "gpt"),
-                      ("muon_lr", "optimizer", "adamw")]
+    without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"),
+                      ("d_state", "model", "gpt"), ("muon_lr", "optimizer", "adamw")]
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
@@ -114,17 +128,20 @@ def settle(given):
         if name in given and other in given:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other}; leave one of them out")
     if 0 < settings["n_train"] < settings["batch_size"] and not settings["train_file"]:
-        raise UserError(f"--batch_size {settings['batch_size']}: at most the {settings['n_train']} graphs of --n_train")
+        raise UserError(f"--batch_size {settings['batch_size']}: "
+                        f"at most the {settings['n_train']} graphs of --n_train")
     return settings
 
 
 def default_folder(given, settings):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = ("preset", "model", "teacherless", "reverse", "deg", "path_len", "num_nodes", "seed", "resume", *FREE)
+    said = ("preset", "model", "teacherless", "reverse", "deg", "path_len", "num_nodes",
+            "seed", "resume", *FREE)
     extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
     preset = [] if settings["preset"] == "quick" else [settings["preset"]]
-    return Path("out", "-".join([settings["model"], objective(settings).replace(" ", "_"), f"G{settings['deg']},{settings['path_len']}",
-                                 f"N{settings['num_nodes']}", *preset, *extra, f"seed{settings['seed']}"]))
+    graph = f"G{settings['deg']},{settings['path_len']}-N{settings['num_nodes']}"
+    parts = [settings["model"], objective(settings).replace(" ", "_"), graph, *preset, *extra]
+    return Path("out", "-".join([*parts, f"seed{settings['seed']}"]))
 
 
 def pick_dtype(name, device):
@@ -132,16 +149,18 @@ def pick_dtype(name, device):
     bf16 = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported()
     if name == "bfloat16" and not bf16:
         raise UserError(f"--dtype bfloat16: not on this {device.type} device; float32 works")
-    return torch.bfloat16 if name == "bfloat16" or name == "auto" and device.type == "cuda" and bf16 else torch.float32
+    chosen = name == "bfloat16" or name == "auto" and device.type == "cuda" and bf16
+    return torch.bfloat16 if chosen else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # Optimisation.
 
 
 def parameter_groups(model):
-    """Named, disjoint and complete: the matrices of the blocks, which Muon takes and weight decay shrinks, and the rest
-    (embeddings, norms, biases, convolutions, and Mamba's A_log and D, which have two and one dimension but are no maps)."""
+    """Named, disjoint and complete: the matrices of the blocks, which Muon takes and weight decay
+    shrinks, and the rest (embeddings, norms, biases, convolutions, and Mamba's A_log and D, which have
+    two and one dimension but are no maps)."""
     groups = {"matrices": {}, "rest": {}}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     for name, p in model.named_parameters():
@@ -155,10 +174,11 @@ def make_optimizers(model, settings):
     adamw = [dict(params=rest, lr=settings["lr"], weight_decay=0.0)]
     optimizers = []
     if settings["optimizer"] == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"]))
+        muon = torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
+        optimizers.append(muon)
     else:
         adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
-    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.99), fused=True))
+    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -166,27 +186,27 @@ def make_optimizers(model, settings):
 
 
 def last_step(settings, solved_at):
-    """The step at which training ends: max_steps, or `cooldown` steps after the training graphs were solved."""
+    """The step at which training ends: max_steps, or `cooldown` steps after its graphs were solved."""
     if solved_at is None or not settings["cooldown"]:
         return settings["max_steps"]
     return min(settings["max_steps"], solved_at + settings["cooldown"])
 
 
 def rate(step, settings, solved_at):
-    """The learning rate at a step, as a share of its base: warm-up, plateau, linear decay to 0 at the last step.
+    """The learning rate at a step, a share of its base: warm-up, plateau, linear decay to 0 at the end.
 
-    The paths are learnt hop by hop from the goal, each as a sharp jump, at steps that nobody knows beforehand: a rate
-    that decays by the clock starves the last hop, one that never decays stays at about 95 %. So the decay follows
-    the progress.
+    The paths are learnt hop by hop from the goal, each as a sharp jump, at steps that nobody knows
+    beforehand: a rate that decays by the clock starves the last hop, one that never decays stays at
+    about 95 %. So the decay follows the progress.
     """
     warm = min(1, (step + 1) / max(1, settings["warmup"]))
     cooldown = min(settings["cooldown"], settings["max_steps"] // 2)
     return warm * max(0, min(1, (last_step(settings, solved_at) - step) / cooldown)) if cooldown else warm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder. It appears whole, by renaming, and every file in it is replaced whole: so whenever a run is killed,
-# what lies there can be resumed and evaluated.
+# -------------------------------------------------------------------------------------------------------
+# The run's folder. It appears whole, by renaming, and every file in it is replaced whole: so whenever a
+# run is killed, what lies there can be resumed and evaluated.
 
 
 @contextlib.contextmanager
@@ -195,11 +215,12 @@ def disk(folder):
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); what was saved before is kept") from None
+        raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); "
+                        "what was saved before is kept") from None
 
 
 def write_whole(path, content):
-    """Write bytes to a file so that it holds, at every moment, all of the old content or all of the new."""
+    """Write a file so that it holds, at every moment, all of the old content or all of the new."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -212,6 +233,10 @@ def write_whole(path, content):
         raise
 
 
+def write_settings(folder, settings):
+    write_whole(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
+
+
 def save_checkpoint(folder, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -219,7 +244,7 @@ def save_checkpoint(folder, state):
 
 
 def lock(folder):
-    """Hold the folder for this process until it ends, however it ends. Where the system has no flock, do without."""
+    """Hold the folder until this process ends, however it ends. Where there is no flock, do without."""
     try:
         import fcntl
     except ImportError:
@@ -235,32 +260,57 @@ def create_folder(folder, settings, state):
     with disk(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "a run already" if (folder / "config.json").exists() else "something else"
-            raise UserError(f"--out_dir {folder}: holds {what}; --resume goes on with a run, another folder starts a new one")
-        new = folder.with_name(f".{folder.name}.{os.getpid()}")
+            raise UserError(f"--out_dir {folder}: holds {what}; --resume goes on with a run, "
+                            "another folder starts a new one")
+        new = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")
         new.mkdir(parents=True)
-        lock(new)
-        write_whole(new / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
-        save_checkpoint(new, state)
-        write_whole(new / "log.jsonl", b"")
-        os.rename(new, folder)
+        try:
+            lock(new)
+            write_settings(new, settings)
+            save_checkpoint(new, state)
+            write_whole(new / "log.jsonl", b"")
+            os.rename(new, folder)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------
 # The run.
 
 
 def load_graphs(task, settings):
     """The training graphs (None: fresh ones at every step) and the test graphs; they share none."""
-    test = load(settings["test_file"], task) if settings["test_file"] else sample_test_set(task, settings["n_test"])
+    def read(name):
+        try:
+            return load(settings[name], task)
+        except UserError as error:
+            raise UserError(f"--{name} {error}") from None
+
+    test = read("test_file") if settings["test_file"] else sample_test_set(task, settings["n_test"])
     if settings["train_file"]:
-        train = without(everything := load(settings["train_file"], task), set(identities(test)))
-        if len(train.prefix) < len(everything.prefix):
-            print(f"left out of the training set: {len(everything.prefix) - len(train.prefix):,} graphs that are test graphs")
+        train = without(everything := read("train_file"), set(identities(test)))
+        left_out = len(everything.prefix) - len(train.prefix)
+        if left_out > 0:
+            print(f"left out of the training set: {left_out:,} graphs that are test graphs")
         if len(train.prefix) < settings["batch_size"]:
-            raise UserError(f"--train_file {settings['train_file']}: has {len(train.prefix)} graphs to train on, fewer than "
-                            f"--batch_size {settings['batch_size']}")
+            raise UserError(f"--train_file {settings['train_file']}: has {len(train.prefix)} graphs "
+                            f"to train on, fewer than --batch_size {settings['batch_size']}")
         return train, test
-    return sample_train_set(task, settings["n_train"], settings["seed"], test) if settings["n_train"] else None, test
+    if not settings["n_train"]:
+        return None, test
+    return sample_train_set(task, settings["n_train"], settings["seed"], test), test
+
+
+def check_memory(settings):
+    """Refuse, before anything is allocated, a model that this machine's memory cannot train."""
+    with torch.device("meta"):
+        _, model = build(settings)
+    needed = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient and two moments, fp32
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise UserError(f"--n_embd {settings['n_embd']}, --n_layer {settings['n_layer']}: the model needs "
+                        f"{needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f}")
 
 
 def compiler_works(device):
@@ -269,7 +319,8 @@ def compiler_works(device):
         torch.compile(torch.sin)(torch.zeros(2, device=device))
         return True
     except Exception as error:  # what the compiler raises differs by back end
-        print(f"no working compiler ({type(error).__name__}): running uncompiled, which is slower", file=sys.stderr)
+        print(f"no working compiler ({type(error).__name__}): running uncompiled, which is slower",
+              file=sys.stderr)
         return False
 
 
@@ -278,29 +329,35 @@ def minutes(seconds):
 
 
 def reopen(folder, given):
-    """Settings and checkpoint of the run to resume, now locked. Raises UserError if the flags given ask for another run."""
+    """Settings and checkpoint of the run to resume, now locked.
+
+    Raises UserError if the flags given ask for another run.
+    """
     if not folder.is_dir():
         raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
     lock(folder)
     settings, state = load_run(folder)
     for name in given.keys() - {"resume", *FREE}:
         if given[name] != settings[name]:
-            raise UserError(f"--{name} {given[name]}: the run in {folder} has {settings[name]}; leave the flag out to resume it")
+            raise UserError(f"--{name} {given[name]}: the run in {folder} has {settings[name]}; "
+                            "leave the flag out to resume it")
     return settings | {name: given[name] for name in FREE if name in given}, state
 
 
 def restore(run, state, folder):
-    """Put a run back to its checkpoint, and its log file with it: lines behind the checkpoint will be written again."""
+    """Put a run back to its checkpoint, and its log file with it: lines behind it are written again."""
     try:
         run.load_state_dict(state)
     except Exception as error:
-        raise UserError(f"{folder / 'ckpt.pt'}: does not fit its settings ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / 'ckpt.pt'}: does not fit its settings ({reason})") from None
     with disk(folder):
+        write_settings(folder, run.settings)
         write_whole(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
 
 
 class Run:
-    """Everything that a checkpoint holds or that is rebuilt from the settings, and the two things done with it."""
+    """Everything that a checkpoint holds or the settings rebuild, and the two things done with it."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -308,14 +365,16 @@ class Run:
         self.dtype = pick_dtype(settings["dtype"], self.device)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA; nothing changes on a CPU
         torch.manual_seed(settings["seed"])
+        check_memory(settings)
         self.task, self.model = build(settings)
         self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, settings)
         train_graphs, self.test = load_graphs(self.task, settings)
-        self.batches = Batches(self.task, settings["batch_size"], settings["seed"], self.device, train_graphs)
+        size, seed = settings["batch_size"], settings["seed"]
+        self.batches = Batches(self.task, size, seed, self.device, train_graphs)
         self.step, self.seconds, self.solved_at, self.log = 0, 0.0, None, []
         self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
-        self.hits = torch.zeros((), device=self.device)      # training graphs answered right since the last check
+        self.hits = torch.zeros((), device=self.device)      # graphs answered right since the last check
         self.losses = torch.zeros(CHECK_EVERY, device=self.device)  # of the steps since the last check
         mamba.Kernel.enabled = settings["compile"]
         if settings["compile"] and compiler_works(self.device):
@@ -326,7 +385,8 @@ class Run:
 
     def state_dict(self):
         return {name: getattr(self, name) for name in self.SAVED} | dict(
-            settings=self.settings, model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
+            settings=self.settings, model=self.model.state_dict(),
+            optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
@@ -361,7 +421,7 @@ class Run:
             self.check()
 
     def check(self):
-        """Look at the losses of the last steps, and at how many training graphs were answered right in them."""
+        """Look at the losses of the last steps, and at how many graphs were answered right in them."""
         steps = self.step % CHECK_EVERY or CHECK_EVERY
         for i, loss in enumerate(self.losses[:steps].tolist()):
             if not math.isfinite(loss):
@@ -370,13 +430,15 @@ class Run:
             if not p.isfinite().all():
                 raise FloatingPointError(f"{name} was not finite after step {self.step}")
         if steps == CHECK_EVERY:
-            if self.solved_at is None and self.hits.item() > SOLVED * CHECK_EVERY * self.settings["batch_size"]:
+            enough = SOLVED * CHECK_EVERY * self.settings["batch_size"]
+            if self.solved_at is None and self.hits.item() > enough:
                 self.solved_at = self.step
             self.hits.zero_()
 
     def evaluate(self):
-        """Measure the model, on all test graphs if it may be solved or at its end -> a line of the log (dict)."""
-        measure = lambda graphs: evaluate(self.model, self.task, graphs, self.settings["teacherless"], self.settings["batch_size"])
+        """Measure the model, on all test graphs if perhaps solved or at its end -> a log line (dict)."""
+        teacherless, size = self.settings["teacherless"], self.settings["batch_size"]
+        measure = lambda graphs: evaluate(self.model, self.task, graphs, teacherless, size)
         graphs = Graphs(*(x[:QUICK_TEST] for x in self.test))
         with self.autocast():
             result = measure(graphs)
@@ -385,10 +447,12 @@ class Run:
         if not math.isfinite(result["loss"]):
             raise FloatingPointError(f"the weights gave a loss of {result['loss']} after step {self.step}")
         since = self.step - (self.log[-1]["step"] if self.log else 0)
-        line = dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.loss_sum.item() / since,
-                    accuracy=result["accuracy"], token_accuracy=result["token_accuracy"], seconds=round(self.seconds, 1),
-                    lr=self.settings["lr"] * rate(self.step - 1, self.settings, self.solved_at), test_loss=result["loss"],
-                    test_graphs=len(graphs.target)) | {k: v for k, v in result.items() if k == "clever_hans"}
+        lr = self.settings["lr"] * rate(self.step - 1, self.settings, self.solved_at)
+        line = dict(step=self.step, samples=self.step * size, loss=self.loss_sum.item() / since,
+                    accuracy=result["accuracy"], token_accuracy=result["token_accuracy"],
+                    seconds=round(self.seconds, 1), lr=lr, test_loss=result["loss"],
+                    test_graphs=len(graphs.target))
+        line |= {k: v for k, v in result.items() if k == "clever_hans"}
         self.loss_sum.zero_()
         self.log.append(line)
         return line
@@ -399,13 +463,19 @@ class Run:
     def solved(self, result):
         return 0 < self.settings["stop_at"] <= result["accuracy"]
 
+    def finished(self):
+        """At the end, or solved as the whole test set says (a run has been evaluated when this is asked)."""
+        last = self.log[-1]
+        return self.at_end() or self.solved(last) and last["test_graphs"] == len(self.test.target)
+
 
 def describe(run, folder):
     """What a run will do, in two lines."""
     s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
     data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
     yield (f"{run.task}: {s['model']}, {objective(s)}, {parameters:,} parameters, {s['optimizer']}, "
-           f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; chance 1/d = {percent(1 / s['deg'])} %")
+           f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; "
+           f"chance 1/d = {percent(1 / s['deg'])} %")
     yield (f"{run.device.type}, {str(run.dtype)[6:]}, {'compiled' if s['compile'] else 'not compiled'}, "
            f"at most {s['max_steps']:,} steps of {s['batch_size']} graphs; into {folder}")
 
@@ -413,34 +483,33 @@ def describe(run, folder):
 def report(run, line, speed):
     """One line for an evaluation; `speed` in steps a second."""
     left = (last_step(run.settings, run.solved_at) - run.step) / speed
-    return (f"step {line['step']:6,} | loss {line['loss']:.4f} | exact {percent(line['accuracy']):>5} % (chance {percent(1 / run.task.deg)}) | "
-            f"tokens {' '.join(percent(x) for x in line['token_accuracy'])} | {speed * run.settings['batch_size']:,.0f} samples/s | "
+    exact, chance = percent(line["accuracy"]), percent(1 / run.task.deg)
+    tokens = " ".join(percent(x) for x in line["token_accuracy"])
+    return (f"step {line['step']:6,} | loss {line['loss']:.4f} | exact {exact:>5} % (chance {chance}) | "
+            f"tokens {tokens} | {speed * run.settings['batch_size']:,.0f} samples/s | "
             f"{minutes(line['seconds'])}, {minutes(left)} left")
 
 
 def train(run, folder, signals):
-    """Train until solved, to the end, or until a signal has come in; saves at each evaluation and when it stops."""
+    """Train until solved, to the end, or until a signal has come in; saves at each evaluation and then."""
     begin, first_step, first_seconds = time.perf_counter(), run.step, run.seconds
     while True:
-        line = run.log[-1] if run.log else None
-        done = line and run.solved(line) and line["test_graphs"] == len(run.test.target) or run.at_end()
-        due = run.step and (run.step % run.settings["eval_every"] == 0 or run.at_end()) and (not line or line["step"] < run.step)
-        if due or signals:
+        evaluated = bool(run.log) and run.log[-1]["step"] == run.step
+        due = run.at_end() or run.step > 0 and run.step % run.settings["eval_every"] == 0
+        if signals or due and not evaluated:
             run.check()
             run.seconds = first_seconds + time.perf_counter() - begin
-        if due:
-            line = run.evaluate()
-            with disk(folder), open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            speed = (run.step - first_step) / (run.seconds - first_seconds)
-            print(report(run, line, speed), flush=True)
-        if due or signals:
+            if not signals:
+                line = run.evaluate()
+                with disk(folder), open(folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                speed = (run.step - first_step) / (run.seconds - first_seconds)
+                print(report(run, line, speed), flush=True)
             with disk(folder):
                 save_checkpoint(folder, run.state_dict())
-        if signals or done and not due:
+        if signals or due and run.finished():
             return
-        if not due:
-            run.train_step()
+        run.train_step()
 
 
 def main(argv=None):
@@ -468,7 +537,10 @@ def main(argv=None):
             signal.signal(number, on_signal)
         train(run, folder, signals)
     except UserError as error:
-        parser.error(str(error))
+        flag = "--" if str(error).split()[0] in flags() else ""
+        parser.error(f"{flag}{error}")
+    except KeyboardInterrupt:  # before there was anything to save
+        parser.exit(130)
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
     if signals:
@@ -476,8 +548,9 @@ def main(argv=None):
         sys.exit(128 + signals[0])
     line = run.log[-1]
     found = "solved" if line["accuracy"] >= 0.99 else "not solved"
-    print(f"{found}: {percent(line['accuracy'])} % exact match on {line['test_graphs']:,} unseen graphs after {run.step:,} steps, "
-          f"{line['samples']:,} samples, {minutes(run.seconds)} minutes\npython eval.py {folder}")
+    print(f"{found}: {percent(line['accuracy'])} % exact match on {line['test_graphs']:,} unseen graphs "
+          f"after {run.step:,} steps, {line['samples']:,} samples, {minutes(run.seconds)} minutes\n"
+          f"python eval.py {folder}")
 
 
 if __name__ == "__main__":

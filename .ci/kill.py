@@ -2,8 +2,9 @@
 
     python .ci/kill.py [--kills 20] [--seed 0]
 
-Prints one line a kill and exits with 1 unless the weights, the optimiser states and the log (but for its seconds) are
-equal to the bit. Every folder that a kill leaves behind must also be one that eval.py can read.
+Prints one line a kill and exits with 1 unless the weights, the optimiser states and the log (but for its
+seconds) are equal to the bit. Every folder that a kill leaves behind must also be one that eval.py can
+read.
 """
 import argparse
 import json
@@ -19,13 +20,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ["train.py", "--no-compile", "--teacherless", "--path_len", "3", "--num_nodes", "10", "--n_layer", "2", "--n_embd", "16",
-         "--n_test", "100", "--n_train", "1000", "--max_steps", "600", "--eval_every", "7", "--stop_at", "0", "--device", "cpu"]
+TRAIN = ["train.py", "--no-compile", "--teacherless", "--path_len", "3", "--num_nodes", "10",
+         "--n_layer", "2", "--n_embd", "16", "--n_test", "100", "--n_train", "1000",
+         "--max_steps", "600", "--eval_every", "7", "--stop_at", "0", "--device", "cpu"]
 
 
 def start(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums, and with it the last bit, follows the threads
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # the order of sums, and with it the last bit, follows the threads
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*command):
@@ -52,7 +56,8 @@ def contents(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -68,7 +73,7 @@ def main():
             process = start(*TRAIN, "--out_dir", str(killed), *resume)
             while process.poll() is None and not killed.exists():
                 time.sleep(0.01)
-            # start-up takes most of a short run, so the moment is drawn from when the first line of this process is out
+            # start-up takes most of a short run, so the moment is drawn from the first line of output on
             process.stdout.readline()
             time.sleep(draw.uniform(0, 0.5 * duration / args.kills))
             process.send_signal(signal.SIGKILL)
@@ -79,7 +84,8 @@ def main():
                 break
             left = sorted(path.name for path in killed.iterdir())
             finish("eval.py", str(killed))
-            print(f"kill {kills}: at step {torch.load(killed / 'ckpt.pt', weights_only=True)['step']}, leaving {' '.join(left)}", flush=True)
+            step = torch.load(killed / "ckpt.pt", weights_only=True)["step"]
+            print(f"kill {kills}: at step {step}, leaving {' '.join(left)}", flush=True)
         finish(*TRAIN, "--out_dir", str(killed), "--resume")
         if not same(contents(whole), contents(killed)):
             sys.exit("the killed run differs from the undisturbed one")
