@@ -203,8 +203,7 @@ def show(folder, device, k, test_file=None):
     right = (answer == target).all(1)
     wrong, correct = (~right).nonzero()[:, 0].tolist(), right.nonzero()[:, 0].tolist()
     chosen = wrong[:max((k + 1) // 2, k - len(correct))] + correct
-    yield (f"{folder}: of {len(right):,} test graphs {len(wrong):,} are answered wrong; "
-           f"{min(k, len(right))} of them and of the right ones")
+    yield f"{folder}: {len(wrong):,} of {len(right):,} test graphs are answered wrong; some of both kinds:"
     for i in chosen[:k]:
         text = task.decode(prefix[i], target[i])
         said = ",".join(map(str, (answer[i].flip(0) if task.reverse else answer[i]).tolist()))
@@ -224,7 +223,10 @@ def read_log(folder):
     return lines
 
 
-def pyplot():
+def pyplot(file):
+    """matplotlib.pyplot, to draw into a file of that name."""
+    if Path(file).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{file}: the name of a picture must end in .png, .svg or .pdf")
     try:
         import matplotlib
     except ImportError:
@@ -236,7 +238,7 @@ def pyplot():
 
 def plot_curves(folders, file):
     """Accuracy against samples seen: of each token for one run, exact match for several."""
-    plt = pyplot()
+    plt = pyplot(file)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for folder in folders:
         settings, log = load_run(folder)[0], read_log(folder)
@@ -261,15 +263,14 @@ def plot_bars(rows, file):
 
     Ours is the mean of the seeds, with their range.
     """
-    plt = pyplot()
+    plt = pyplot(file)
     objectives = ("standard", "teacherless", "reverse")
-    graphs = sorted({(row["model"], row["task"].removesuffix(", goal first")) for row in rows})
+    graphs = sorted({(row["model"], row["task"], row["chance"]) for row in rows})
     figure, axes = plt.subplots(1, len(graphs), figsize=(2 + 2.4 * len(graphs), 3.6), sharey=True,
                                 squeeze=False, layout="constrained")
-    for ax, (model, task) in zip(axes[0], graphs):
+    for ax, (model, task, chance) in zip(axes[0], graphs):
         for x, name in enumerate(objectives):
-            cell = [row for row in rows if (row["model"], row["objective"]) == (model, name)
-                    and row["task"].startswith(task)]
+            cell = [row for row in rows if (row["model"], row["task"], row["objective"]) == (model, task, name)]
             if not cell:
                 continue
             ours = [100 * row["accuracy"] for row in cell]
@@ -281,10 +282,11 @@ def plot_bars(rows, file):
             if paper is not None:
                 ax.bar(x + 0.2, 100 * paper, 0.38, color="#bbbbbb", label="paper")
                 ax.text(x + 0.2, 100 * paper + 2, f"{100 * paper:.0f}", ha="center", fontsize="small")
-        ax.axhline(100 * cell[0]["chance"] if cell else 0, color="black", linewidth=1, linestyle=":")
+        ax.axhline(100 * chance, color="black", linewidth=1, linestyle=":", label="chance, 1/d")
         ax.set(title=f"{model}, {task}", xticks=range(3), xticklabels=objectives, ylim=(0, 112))
     axes[0, 0].set_ylabel("exact match on unseen graphs, %")
-    axes[0, 0].legend(fontsize="small", loc="upper left")
+    labelled = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))  # each label once
+    figure.legend(labelled.values(), labelled.keys(), fontsize="small", loc="outside right center")
     figure.savefig(file, dpi=150)
 
 
@@ -307,8 +309,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        if args.plot or args.bars:
-            pyplot()
+        for file in filter(None, (args.plot, args.bars)):
+            pyplot(file)
         if args.plot:
             plot_curves(args.runs, args.plot)
         rows = [measure(folder, device, args.test_file, args.n_test) for folder in args.runs]

@@ -106,7 +106,7 @@ class Kernel:
 
     def __init__(self, function):
         self.function = function
-        self.compiled = torch.compile(function, options={"max_fusion_size": 1000})
+        self.compiled = torch.compile(function, dynamic=False, options={"max_fusion_size": 1000})
 
     def __call__(self, *tensors):
         if Kernel.enabled:

@@ -379,7 +379,7 @@ class Run:
         mamba.Kernel.enabled = settings["compile"]
         if settings["compile"] and compiler_works(self.device):
             for block in set(self.model.layers()):
-                block.compile()
+                block.compile(dynamic=False)
 
     SAVED = ("step", "seconds", "solved_at", "log", "loss_sum", "hits")
 
