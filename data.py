@@ -267,6 +267,13 @@ def number(kind, least, most=float("inf")):
     return parse
 
 
+def some_path(text):
+    """An argparse type: a path."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': must be a path")
+    return text
+
+
 def draw(task, graph):
     """One graph as lines of text: an arm a line, the goal's arm first and marked."""
     for i, arm in enumerate(graph.arms[0].tolist()):

@@ -7,6 +7,7 @@
 Exact match: the whole path right under greedy decoding. It takes one forward pass, not l: a path that is
 generated token by token equals the target exactly when every prediction behind the true tokens does.
 """
+import argparse
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import Parser, PathStar, UserError, inputs, load, number, sample_test_set
+from data import Parser, PathStar, UserError, inputs, load, number, sample_test_set, some_path
 from mamba import Mamba, MambaConfig
 from model import GPT, GPTConfig, generate
 
@@ -126,22 +127,23 @@ def load_run(folder):
     for file in (config, ckpt):
         if not file.is_file():
             raise UserError(f"{folder}: not a run of train.py (it has no {file.name})")
+    fixed = lambda s: {name: value for name, value in s.items() if name not in FREE}
+    file = config
     try:
         settings = json.loads(config.read_text())
-        with zipfile.ZipFile(ckpt) as archive:  # torch.load does not compare the checksums
-            damaged = archive.testzip()
+        wanted, file = fixed(settings), ckpt
+        with zipfile.ZipFile(ckpt) as archive:  # torch.load compares no checksums, and reads no "folders"
+            damaged = archive.testzip() or any(entry.external_attr for entry in archive.infolist())
         if damaged:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
+            raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
-        fixed = lambda s: {name: value for name, value in s.items() if name not in FREE}
-        same = fixed(checkpoint["settings"]) == fixed(settings)
+        same = fixed(checkpoint["settings"]) == wanted
     except Exception as error:  # whatever a damaged file makes the readers raise
         reason = str(error).split("\n")[0][:100]
-        file = ckpt if "settings" in locals() else config
         raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
     if not same:
         raise UserError(f"{ckpt}: belongs to a run with other settings than {config}")
-    return settings, checkpoint
+    return checkpoint["settings"] | settings, checkpoint
 
 
 def load_model(folder, device="cpu"):
@@ -178,7 +180,10 @@ def measure(folder, device, test_file=None, n_test=None):
 
 
 def test_graphs(settings, task, test_file, n_test):
-    return load(test_file, task) if test_file else sample_test_set(task, n_test or settings["n_test"])
+    try:
+        return load(test_file, task) if test_file else sample_test_set(task, n_test or settings["n_test"])
+    except UserError as error:
+        raise UserError(f"--test_file {error}") from None
 
 
 def table(rows):
@@ -223,10 +228,14 @@ def read_log(folder):
     return lines
 
 
-def pyplot(file):
-    """matplotlib.pyplot, to draw into a file of that name."""
-    if Path(file).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{file}: the name of a picture must end in .png, .svg or .pdf")
+def picture(text):
+    """An argparse type: the name of a file that matplotlib can write."""
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must end in .png, .svg or .pdf")
+    return text
+
+
+def pyplot():
     try:
         import matplotlib
     except ImportError:
@@ -238,18 +247,17 @@ def pyplot(file):
 
 def plot_curves(folders, file):
     """Accuracy against samples seen: of each token for one run, exact match for several."""
-    plt = pyplot(file)
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for folder in folders:
         settings, log = load_run(folder)[0], read_log(folder)
         samples, name = [line["samples"] for line in log], f"{settings['model']}, {objective(settings)}"
         exact = [100 * line["accuracy"] for line in log]
         if len(folders) > 1:
-            axes.plot(samples, exact, label=f"{name}, seed {settings['seed']}")
+            axes.plot(samples, exact, label=Path(folder).name)
             continue
         for i, accuracy in enumerate(zip(*(line["token_accuracy"] for line in log))):
-            color = plt.cm.viridis(i / settings["path_len"])
-            axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}", color=color)
+            axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}")
         axes.plot(samples, exact, "k--", label="whole path")
         axes.set_title(f"{name}, G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}")
     axes.axhline(100 / settings["deg"], color="grey", linewidth=1, linestyle=":", label="chance, 1/d")
@@ -263,14 +271,15 @@ def plot_bars(rows, file):
 
     Ours is the mean of the seeds, with their range.
     """
-    plt = pyplot(file)
+    plt = pyplot()
     objectives = ("standard", "teacherless", "reverse")
     graphs = sorted({(row["model"], row["task"], row["chance"]) for row in rows})
     figure, axes = plt.subplots(1, len(graphs), figsize=(2 + 2.4 * len(graphs), 3.6), sharey=True,
                                 squeeze=False, layout="constrained")
     for ax, (model, task, chance) in zip(axes[0], graphs):
         for x, name in enumerate(objectives):
-            cell = [row for row in rows if (row["model"], row["task"], row["objective"]) == (model, task, name)]
+            cell = [row for row in rows
+                    if (row["model"], row["task"], row["objective"]) == (model, task, name)]
             if not cell:
                 continue
             ours = [100 * row["accuracy"] for row in cell]
@@ -295,22 +304,23 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--show", type=number(int, 1, 1000), metavar="K",
                         help="print K test graphs with the model's answer")
-    parser.add_argument("--test_file", metavar="FILE", help="evaluate on this file of official text")
+    parser.add_argument("--test_file", type=some_path, metavar="FILE",
+                        help="evaluate on this file of official text")
     parser.add_argument("--n_test", type=number(int, 1, 10**8), metavar="N",
                         help="test graphs (default: the run's)")
     parser.add_argument("--json", action="store_true",
                         help="print one JSON object a run instead of the table")
-    parser.add_argument("--plot", metavar="FILE.png",
+    parser.add_argument("--plot", type=picture, metavar="FILE.png",
                         help="draw accuracy against samples seen: each token's for one run, "
                              "the exact match for several")
-    parser.add_argument("--bars", metavar="FILE.png",
+    parser.add_argument("--bars", type=picture, metavar="FILE.png",
                         help="draw the exact match of the runs beside the paper's")
     parser.add_argument("--device", default="cpu", help="cuda, mps or cpu (default cpu)")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        for file in filter(None, (args.plot, args.bars)):
-            pyplot(file)
+        if args.plot or args.bars:
+            pyplot()
         if args.plot:
             plot_curves(args.runs, args.plot)
         rows = [measure(folder, device, args.test_file, args.n_test) for folder in args.runs]

@@ -106,11 +106,14 @@ class Kernel:
 
     def __init__(self, function):
         self.function = function
-        self.compiled = torch.compile(function, dynamic=False, options={"max_fusion_size": 1000})
+        self.compiled = None
 
     def __call__(self, *tensors):
         if Kernel.enabled:
             try:
+                if self.compiled is None:  # importing the compiler takes seconds: not before it is needed
+                    options = {"max_fusion_size": 1000}
+                    self.compiled = torch.compile(self.function, dynamic=False, options=options)
                 return self.compiled(*tensors)
             except Exception as error:  # what the compiler raises differs by back end
                 Kernel.enabled = False

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import mamba
 from data import (Batches, Graphs, Parser, UserError, identities, inputs, load, number,
-                  sample_test_set, sample_train_set, without)
+                  sample_test_set, sample_train_set, some_path, without)
 from eval import FREE, build, evaluate, load_run, objective, percent, pick_device
 
 PRESETS = {
@@ -38,18 +38,12 @@ PRESETS = {
                   warmup=100, max_steps=390_500, cooldown=0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
-SOLVED = 0.6       # the share from which the learning rate is brought down
+SOLVED = 0.8       # the share from which the learning rate is brought down
 QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole set decides if a run is solved
 
 
 # -------------------------------------------------------------------------------------------------------
 # Settings.
-
-
-def some_path(text):
-    if not text:
-        raise argparse.ArgumentTypeError("'': must be a path")
-    return text
 
 
 def flags():
@@ -216,7 +210,7 @@ def disk(folder):
         yield
     except OSError as error:
         raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); "
-                        "what was saved before is kept") from None
+                        "nothing there was overwritten") from None
 
 
 def write_whole(path, content):
@@ -503,7 +497,7 @@ def train(run, folder, signals):
                 line = run.evaluate()
                 with disk(folder), open(folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
-                speed = (run.step - first_step) / (run.seconds - first_seconds)
+                speed = max(1, run.step - first_step) / (run.seconds - first_seconds)
                 print(report(run, line, speed), flush=True)
             with disk(folder):
                 save_checkpoint(folder, run.state_dict())
