@@ -63,25 +63,25 @@ def predict(model, task, prefix, target, teacherless, batch_size):
 
 def evaluate(model, task, graphs, teacherless, batch_size=256):
     """One forward pass over Graphs -> dict of loss (nats a token), accuracy (exact match) and
-    token_accuracy (a list along the target), fractions of 1; for standard training also clever_hans,
-    where there is a wrong arm to follow."""
+    token_accuracy (a list along the target), fractions of 1; for standard training also what
+    `clever_hans` says, where there is a wrong arm to follow."""
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
     right = answer == graphs.target
     result = dict(loss=loss.mean().item(), accuracy=right.all(1).float().mean().item(),
                   token_accuracy=right.float().mean(0).tolist())
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 2:
-        result["clever_hans"] = clever_hans(model, task, graphs, batch_size)
+        result |= clever_hans(model, task, graphs, batch_size)
     return result
 
 
 def clever_hans(model, task, graphs, batch_size=256):
-    """Share of graphs where a standard model, fed a WRONG first arm node, follows that arm to its end.
-
-    About 1: it looks up the next edge and has planned nothing (section 4.3).
-    """
+    """What a standard model does when it is fed a WRONG arm, node by node (section 4.3) -> dict of
+    follows, a list: shares of graphs where it names that arm's second node, ..., its last, and
+    clever_hans: the share where it names all of them, and so has planned nothing."""
     wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)
     answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
-    return (answer[:, 2:] == wrong[:, 2:]).all(1).float().mean().item()
+    follows = (answer[:, 2:] == wrong[:, 2:]).float()
+    return dict(clever_hans=follows.amin(1).mean().item(), follows=follows.mean(0).tolist())
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def build(settings):
         names, fixed = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1)
     else:
         kind, config = Mamba, MambaConfig
-        names, fixed = ("d_state",), dict(d_model=settings["n_embd"])
+        names, fixed = ("d_state", "a_scale"), dict(d_model=settings["n_embd"])
     shared = {name: settings[name] for name in ("n_layer", "n_unique", "embed_std", *names)}
     return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 
@@ -189,11 +189,12 @@ def test_graphs(settings, task, test_file, n_test):
 def table(rows):
     """Rows of `measure` -> lines of text."""
     columns = ["run", "task", "model", "objective", "samples", "exact %", "paper %",
-               "first node %", "chance %", "Clever Hans %", "tokens %"]
+               "first node %", "chance %", "Clever Hans %", "follows %", "tokens %"]
     cells = [[r["run"], r["task"], r["model"], r["objective"], f"{r['samples']:,}",
               percent(r["accuracy"]), percent(r["paper"]),
               percent(r["first_node"]), percent(r["chance"]), percent(r.get("clever_hans")),
-              " ".join(percent(x) for x in r["token_accuracy"])] for r in rows]
+              " ".join(map(percent, r.get("follows", [None]))),
+              " ".join(map(percent, r["token_accuracy"]))] for r in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     for row in [columns, *cells]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 
 from data import PathStar, median_ms
 from model import causal_conv, time_step
@@ -204,6 +204,7 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    a_scale: float = 1.0  # A = -a_scale (1 .. d_state) at the start; 1: S4D-real, as in the reference
     embed_std: float = 0.02  # of the embeddings at the start
     n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
@@ -219,8 +220,8 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
-        # S4D-real: A = -1 .. -n
-        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d, 1))
+        rates = config.a_scale * torch.arange(1, n + 1).float()
+        self.A_log = nn.Parameter(rates.log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=False)
         # step sizes log-uniform in [1e-3, 1e-1]; the bias inverts softplus (Mamba paper, section 3.6)

@@ -329,6 +329,8 @@ def test_mamba_initialisation_of_the_finished_model():
         assert 0.9 * 4 ** -0.5 < m.dt_proj.weight.abs().max() <= 4 ** -0.5
         bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
         assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
+    slow = Mamba(MambaConfig(vocab_size=9, n_layer=1, d_model=8, d_state=4, a_scale=0.01)).backbone.layers[0]
+    assert_close(slow.mixer.A_log.exp(), torch.tensor([0.01, 0.02, 0.03, 0.04]).expand(16, 4), 1e-6)
 
 
 def test_mamba_has_the_names_and_shapes_of_the_reference():
@@ -933,7 +935,7 @@ def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, c
         raise Taken
 
     monkeypatch.chdir(tmp_path)
-    own = [x for x in command(model="mamba" if flag == "d_state" else "gpt")
+    own = [x for x in command(model="mamba" if flag in ("d_state", "a_scale") else "gpt")
            if "file" not in flag or not x.startswith("--n_t")]
     for value in ("-1", "0", "1e99", "x", ""):
         argv = {"train.py": own, "data.py": ["--n=3"], "eval.py": [a_run]}[script] + [f"--{flag}={value}"]
@@ -1033,11 +1035,12 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
             right.append([a == b for a, b in zip(said, target)])
             if task.deg > 1 and task.path_len > 2 and not task.reverse and not teacherless:
                 wrong = [target[0], *arms[1]]
-                hans.append(answer(prefix, wrong)[1][2:] == wrong[2:])
+                hans.append([a == b for a, b in zip(answer(prefix, wrong)[1][2:], wrong[2:])])
         got = evaluation.evaluate(model, task, graphs, teacherless, draw.randint(1, n + 2))
         want = dict(loss=sum(losses) / len(losses), accuracy=sum(map(all, right)) / n,
                     token_accuracy=[sum(column) / n for column in zip(*right)])
-        want |= dict(clever_hans=sum(hans) / n) if hans else {}
+        if hans:
+            want |= dict(clever_hans=sum(map(all, hans)) / n, follows=[sum(column) / n for column in zip(*hans)])
         assert got.keys() == want.keys()
         for name in want:
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), (task, name)

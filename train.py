@@ -30,11 +30,12 @@ from eval import FREE, build, evaluate, load_run, objective, percent, pick_devic
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, embed_std=0.02, batch_size=64,
-                  optimizer="muon", lr=1e-2, weight_decay=0.0, warmup=100, max_steps=10_000, cooldown=1500),
+    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
+                  embed_std=0.02, batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
+                  warmup=100, max_steps=10_000, cooldown=1500),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, embed_std=0.02,
-                  batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
+    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
+                  embed_std=0.02, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
                   warmup=100, max_steps=390_500, cooldown=0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
@@ -69,7 +70,9 @@ def flags():
         "n_embd": (None, whole(1, 10_000), "width of the residual stream"),
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
-        "d_state": (16, whole(1, 10_000), "states of a channel (mamba)"),
+        "d_state": (None, whole(1, 10_000), "states of a channel (mamba)"),
+        "a_scale": (None, real(1e-6, 1e6),
+                    "decay rates of the states at the start: -X, -2X, ... (mamba); 1: the reference's"),
         "embed_std": (None, real(0, 100), "standard deviation of the token embeddings at the start"),
         "batch_size": (None, whole(1, 10**6), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
@@ -112,7 +115,8 @@ def settle(given):
     settings = {name: default for name, (default, _, _) in flags().items()}
     settings |= PRESETS[given.get("preset", "quick")] | given
     without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"),
-                      ("d_state", "model", "gpt"), ("muon_lr", "optimizer", "adamw")]
+                      ("d_state", "model", "gpt"), ("a_scale", "model", "gpt"),
+                      ("muon_lr", "optimizer", "adamw")]
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
@@ -446,7 +450,7 @@ class Run:
                     accuracy=result["accuracy"], token_accuracy=result["token_accuracy"],
                     seconds=round(self.seconds, 1), lr=lr, test_loss=result["loss"],
                     test_graphs=len(graphs.target))
-        line |= {k: v for k, v in result.items() if k == "clever_hans"}
+        line |= {k: v for k, v in result.items() if k in ("clever_hans", "follows")}
         self.loss_sum.zero_()
         self.log.append(line)
         return line
