@@ -32,7 +32,7 @@ PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
     "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
                   embed_std=0.02, batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
-                  warmup=100, max_steps=10_000, cooldown=1500),
+                  warmup=100, max_steps=10_000, cooldown=1000),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
     "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
                   embed_std=0.02, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
