@@ -22,7 +22,7 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 1
     n_embd: int = 64
-    short_conv: int = 4   # taps of the causal convolution at the head of every block; 0: the plain GPT
+    short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: the plain GPT
     embed_std: float = 0.02  # of the token embeddings at the start
     n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
@@ -41,9 +41,17 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning to
+        # look one token back. With the convolution a key can hold an edge's child and its value the parent
+        # from the first step on; a Mamba block has one in the same place.
+        d, k = 3 * config.n_embd, config.short_conv
+        self.conv = nn.Conv1d(d, d, k, groups=d, bias=False) if k else None
 
     def forward(self, x):
-        q, k, v = rearrange(self.c_attn(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        qkv = self.c_attn(x)
+        if self.conv is not None:
+            qkv = qkv + causal_conv(qkv, self.conv)
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
 
@@ -61,18 +69,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, k = config.n_embd, config.short_conv
-        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning
-        # to look one token back; the convolution, the same as in a Mamba block, has that from the start.
-        self.conv = nn.Conv1d(d, d, k, groups=d, bias=False) if k else None
-        self.ln_1 = nn.LayerNorm(d)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(d)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):
-        if self.conv is not None:
-            x = x + causal_conv(x, self.conv)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 

@@ -69,7 +69,7 @@ def flags():
                      "layers with weights of their own, applied in turn up to n_layer; 0: all"),
         "n_embd": (None, whole(1, 10_000), "width of the residual stream"),
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
-        "short_conv": (None, whole(0, 100), "taps of the causal convolution in a block (gpt); 0: none"),
+        "short_conv": (None, whole(0, 100), "taps of the causal convolution on q, k and v (gpt); 0: none"),
         "d_state": (None, whole(1, 10_000), "states of a channel (mamba)"),
         "a_scale": (None, real(1e-6, 1e6),
                     "decay rates of the states at the start: -X, -2X, ... (mamba); 1: the reference's"),
