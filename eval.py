@@ -288,7 +288,7 @@ def plot_bars(rows, file):
             mean = sum(ours) / len(ours)
             spread = [[mean - min(ours)], [max(ours) - mean]]
             ax.bar(x - 0.2, mean, 0.38, color="#1f77b4", yerr=spread, label="this repository")
-            ax.text(x - 0.2, mean + 2, f"{mean:.0f}", ha="center", fontsize="small")
+            ax.text(x - 0.2, max(ours) + 2, f"{mean:.0f}", ha="center", fontsize="small")
             paper = cell[0]["paper"]
             if paper is not None:
                 ax.bar(x + 0.2, 100 * paper, 0.38, color="#bbbbbb", label="paper")
