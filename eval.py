@@ -170,7 +170,7 @@ def percent(x):
 def measure(folder, device, test_file=None, n_test=None):
     """Evaluate one run -> dict, the row of the table (accuracies as fractions of 1)."""
     settings, checkpoint, task, model = load_model(folder, device)
-    graphs = test_graphs(settings, task, test_file or settings["test_file"], n_test)
+    graphs = test_graphs(settings, task, test_file, n_test)
     result = evaluate(model, task, graphs, settings["teacherless"])
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
     samples = checkpoint["step"] * settings["batch_size"]
@@ -180,11 +180,20 @@ def measure(folder, device, test_file=None, n_test=None):
                 chance=1 / task.deg, paper=paper_accuracy(settings), **result)
 
 
-def test_graphs(settings, task, test_file, n_test):
+def load_flag(flag, path, task):
+    """The Graphs of the file that a flag names, which its errors name too."""
     try:
-        return load(test_file, task) if test_file else sample_test_set(task, n_test or settings["n_test"])
+        return load(path, task)
     except UserError as error:
-        raise UserError(f"--test_file {error}") from None
+        raise UserError(f"--{flag} {error}") from None
+
+
+def test_graphs(settings, task, test_file=None, n_test=None):
+    """The test set of a run's settings, or of what is asked for in their place -> Graphs."""
+    path = test_file or settings["test_file"]
+    if path:
+        return load_flag("test_file", path, task)
+    return sample_test_set(task, n_test or settings["n_test"])
 
 
 def table(rows):
@@ -204,7 +213,7 @@ def table(rows):
 def show(folder, device, k, test_file=None):
     """k test graphs with the model's own answer (generated), the wrong ones first if there are any."""
     settings, _, task, model = load_model(folder, device)
-    graphs = test_graphs(settings, task, test_file or settings["test_file"], None)
+    graphs = test_graphs(settings, task, test_file)
     prefix, target = graphs.prefix[:1000].to(device), graphs.target[:1000].to(device)
     answer = generate(model, task, prefix, settings["teacherless"])
     right = (answer == target).all(1)

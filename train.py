@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 import mamba
-from data import (Batches, Graphs, Parser, UserError, identities, inputs, load, number,
-                  sample_test_set, sample_train_set, some_path, without)
-from eval import FREE, build, evaluate, load_run, objective, percent, pick_device
+from data import (Batches, Graphs, Parser, UserError, identities, inputs, number, sample_train_set,
+                  some_path, without)
+from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device,
+                  test_graphs)
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
@@ -279,15 +280,10 @@ def create_folder(folder, settings, state):
 
 def load_graphs(task, settings):
     """The training graphs (None: fresh ones at every step) and the test graphs; they share none."""
-    def read(name):
-        try:
-            return load(settings[name], task)
-        except UserError as error:
-            raise UserError(f"--{name} {error}") from None
-
-    test = read("test_file") if settings["test_file"] else sample_test_set(task, settings["n_test"])
+    test = test_graphs(settings, task)
     if settings["train_file"]:
-        train = without(everything := read("train_file"), set(identities(test)))
+        everything = load_flag("train_file", settings["train_file"], task)
+        train = without(everything, set(identities(test)))
         left_out = len(everything.prefix) - len(train.prefix)
         if left_out > 0:
             print(f"left out of the training set: {left_out:,} graphs that are test graphs")
