@@ -44,12 +44,12 @@ def selective_scan_ref(u, delta, A, B, C, D):
 CHUNK = 16
 
 
-def walk(x, delta, A, B, h):
+def walk(x, delta, A, B, h, exp=torch.exp):
     """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T];
     x[:, t] etc. broadcast to h."""
     h, decay = [h], []
     for t in range(x.shape[1]):
-        decay.append(torch.exp(delta[:, t] * A))
+        decay.append(exp(delta[:, t] * A))
         h.append(decay[t] * h[t] + x[:, t] * B[:, t])
     return h, decay
 
@@ -90,7 +90,8 @@ def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
     x, delta, dy = (v.unflatten(2, (-1, group))[..., None] for v in (x, delta, dy))
     A, h, dh = (v.unflatten(-2, (-1, group)) for v in (A, h, dh))
     B, C = B[:, :, None, None], C[:, :, None, None]
-    h, decay = walk(x, delta, A, B, h)
+    # exp2: for a CPU, Inductor writes each exp that is used twice to memory and reads it back
+    h, decay = walk(x, delta, A * math.log2(math.e), B, h, torch.exp2)
     dB, dC = [], []
     for t in reversed(range(x.shape[1])):
         dh = dh + dy[:, t] * C[:, t]
@@ -103,6 +104,10 @@ def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
 class Kernel:
     """A chunk function, compiled at its first call; where there is no compiler, run as it is."""
     enabled = True  # train.py --no-compile clears it
+    # Beyond certain counts Inductor stores a value that others need, or stops fusing: never here.
+    ONE_KERNEL = dict.fromkeys(("max_fusion_size", "cpp.max_horizontal_fusion_size",
+                                "realize_opcount_threshold", "realize_reads_threshold",
+                                "realize_acc_reads_threshold"), 10**6)
 
     def __init__(self, function):
         self.function = function
@@ -112,8 +117,7 @@ class Kernel:
         if Kernel.enabled:
             try:
                 if self.compiled is None:  # importing the compiler takes seconds: not before it is needed
-                    options = {"max_fusion_size": 1000}
-                    self.compiled = torch.compile(self.function, dynamic=False, options=options)
+                    self.compiled = torch.compile(self.function, dynamic=False, options=self.ONE_KERNEL)
                 return self.compiled(*tensors)
             except Exception as error:  # what the compiler raises differs by back end
                 Kernel.enabled = False
