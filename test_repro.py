@@ -330,7 +330,8 @@ def test_mamba_initialisation_of_the_finished_model():
         bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
         assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
     scaled = Mamba(MambaConfig(vocab_size=9, n_layer=1, d_model=8, d_state=4, a_scale=0.01))
-    assert_close(scaled.backbone.layers[0].mixer.A_log.exp(), torch.tensor([0.01, 0.02, 0.03, 0.04]).expand(16, 4), 1e-6)
+    rates = scaled.backbone.layers[0].mixer.A_log.exp()
+    assert_close(rates, torch.tensor([0.01, 0.02, 0.03, 0.04]).expand(16, 4), 1e-6)
 
 
 def test_mamba_has_the_names_and_shapes_of_the_reference():
@@ -695,7 +696,7 @@ MAIN = {"data.py": data.main, "train.py": train.main, "eval.py": evaluation.main
 
 
 def refusal(monkeypatch, capfd, script, *argv):
-    """Run a script in this process; it must end with exit code 2 and one line on stderr -> stdout, that line."""
+    """Run a script in this process; it must end with exit code 2 and one line on stderr -> stdout, stderr."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
