@@ -286,12 +286,19 @@ class Mamba(nn.Module):
         """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
         return [self.backbone.layers[i % len(self.backbone.layers)] for i in range(self.config.n_layer)]
 
-    def forward(self, idx):
-        """Token ids (b, l) -> logits (b, l, vocab_size); the head is tied to the embedding."""
+    def features(self, idx):
+        """Token ids (b, l) -> what the head reads, (b, l, d_model)."""
         x = self.backbone.embedding(idx)
         for layer in self.layers():
             x = layer(x)
-        return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight)
+        return self.backbone.norm_f(x)
+
+    def head(self, x):
+        return F.linear(x, self.backbone.embedding.weight)
+
+    def forward(self, idx):
+        """Token ids (b, l) -> logits (b, l, vocab_size); the head is tied to the embedding."""
+        return self.head(self.features(idx))
 
     def step(self, token, state=None):
         """One token in constant time and memory: token (b,), state of the last call (None: at the start)
@@ -308,7 +315,7 @@ class Mamba(nn.Module):
             y, past = layer.mixer.step(layer.norm(x), past)
             x = x + y
             new_state.append(past)
-        return F.linear(self.backbone.norm_f(x), self.backbone.embedding.weight), new_state
+        return self.head(self.backbone.norm_f(x)), new_state
 
 
 # -------------------------------------------------------------------------------------------------------

@@ -108,11 +108,18 @@ class GPT(nn.Module):
         """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
         return [self.h[i % len(self.h)] for i in range(self.config.n_layer)]
 
-    def forward(self, idx):
+    def features(self, idx):
+        """Token ids (b, t) -> what the head reads, (b, t, n_embd)."""
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]
         for block in self.layers():
             x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return self.ln_f(x)
+
+    def head(self, x):
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, idx):
+        return self.head(self.features(idx))
 
 
 @torch.no_grad()

@@ -33,11 +33,11 @@ PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
     "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
                   embed_std=0.02, batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
-                  warmup=100, max_steps=10_000, cooldown=1000),
+                  warmup=100, max_steps=10_000, cooldown=1000, ahead=0.0),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
     "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
                   embed_std=0.02, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
-                  warmup=100, max_steps=390_500, cooldown=0),
+                  warmup=100, max_steps=390_500, cooldown=0, ahead=0.0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
 SOLVED = 0.8       # the share from which the learning rate is brought down
@@ -58,6 +58,8 @@ def flags():
         "model": ("gpt", dict(choices=("gpt", "mamba")), "the architecture"),
         "teacherless": (False, switch, "feed `$` in place of the answer and predict all of it in one pass"),
         "reverse": (False, switch, "write the path goal first"),
+        "ahead": (None, real(0, 100),
+                  "weight of a second loss: each answer position also predicts the nodes after its own"),
         "deg": (2, whole(1, 10_000), "arms of the graph, d"),
         "path_len": (5, whole(2, 10_000), "nodes of the path, l"),
         "num_nodes": (50, whole(2, 10_000), "node values, N"),
@@ -362,7 +364,12 @@ class Run:
         check_memory(settings)
         self.task, self.model = build(settings)
         self.model.to(self.device)
-        self.optimizers = make_optimizers(self.model, settings)
+        # the look-ahead, a map for each distance, which training alone needs: no part of the model
+        width, distances = settings["n_embd"], self.task.target_len - 1
+        self.ahead = torch.nn.Linear(width, distances * width, bias=False) if settings["ahead"] \
+            else torch.nn.Identity()
+        self.ahead.to(self.device)
+        self.optimizers = make_optimizers(torch.nn.ModuleList([self.model, self.ahead]), settings)
         train_graphs, self.test = load_graphs(self.task, settings)
         size, seed = settings["batch_size"], settings["seed"]
         self.batches = Batches(self.task, size, seed, self.device, train_graphs)
@@ -379,11 +386,12 @@ class Run:
 
     def state_dict(self):
         return {name: getattr(self, name) for name in self.SAVED} | dict(
-            settings=self.settings, model=self.model.state_dict(),
+            settings=self.settings, model=self.model.state_dict(), ahead=self.ahead.state_dict(),
             optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
+        self.ahead.load_state_dict(state["ahead"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name in self.SAVED:
@@ -393,14 +401,28 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def look_ahead(self, x, target):
+        """The loss of what each answer position says of the nodes after its own: x (b, l, d), target (b, l).
+
+        A node that is found in several look-ups from the goal needs those between at its own position,
+        where they are no answers: this keeps them there (multi-token prediction, Gloeckle et al. 2024).
+        """
+        l = self.task.target_len
+        i, j = torch.triu_indices(l, l, 1, device=x.device)  # a position, and each one after it
+        x = self.ahead(x).unflatten(-1, (l - 1, -1))          # (b, l, distance - 1, d)
+        logits = self.model.head(x[:, i, j - i - 1]).float()
+        return self.settings["ahead"] * F.cross_entropy(logits.flatten(0, 1), target[:, j].flatten())
+
     def train_step(self):
         """One step of gradient descent on the batch of this step. Nothing in it waits for the device."""
         prefix, target = self.batches(self.step)
         with self.autocast():
-            logits = self.model(inputs(self.task, prefix, target, self.settings["teacherless"]))
-        logits = logits[:, -self.task.target_len:].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        loss.backward()
+            x = self.model.features(inputs(self.task, prefix, target, self.settings["teacherless"]))
+            x = x[:, -self.task.target_len:]
+            logits = self.model.head(x).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            total = loss + self.look_ahead(x, target) if self.settings["ahead"] else loss
+        total.backward()
         share = rate(self.step, self.settings, self.solved_at)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
