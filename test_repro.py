@@ -578,6 +578,21 @@ def test_training_ends_after_the_cooldown_that_follows_the_solution(tmp_path, mo
     assert state["step"] < 400 and state["log"][-1]["accuracy"] >= 0.3 > state["log"][-2]["accuracy"]
 
 
+def test_look_ahead_scores_each_later_node_by_the_map_of_its_distance():
+    """Against a plain loop over pairs of positions; the maps learn, and are no part of the model."""
+    run = new_run(teacherless=True, ahead=0.5)
+    _, target = run.batches(0)
+    l, d = run.task.target_len, run.settings["n_embd"]
+    x = torch.randn(len(target), l, d)
+    losses = [F.cross_entropy(run.model.head(x[:, i] @ run.ahead.weight[(j - i - 1) * d:(j - i) * d].T),
+                              target[:, j]) for i in range(l) for j in range(i + 1, l)]
+    torch.testing.assert_close(run.look_ahead(x, target), 0.5 * torch.stack(losses).mean())
+    before = run.ahead.weight.clone()
+    run.train_step()
+    assert not torch.equal(run.ahead.weight, before)
+    assert run.model.state_dict().keys() == new_run(teacherless=True).model.state_dict().keys()
+
+
 @BOTH_MODELS
 @BOTH_MODES
 def test_overfits_one_batch(model, teacherless):
@@ -605,7 +620,7 @@ def interrupted(monkeypatch, folder, step, **given):
 
 @pytest.mark.parametrize("given", [
     dict(model="gpt", optimizer="adamw", path_len=2, n_train=8, max_steps=40),
-    dict(model="mamba", teacherless=True, n_train=0)], ids=["gpt-adamw-fixed", "mamba-muon-fresh"])
+    dict(model="mamba", teacherless=True, n_train=0, ahead=1)], ids=["gpt-adamw-fixed", "mamba-muon-fresh"])
 def test_resume_is_exact(tmp_path, monkeypatch, given):
     """Stopped in mid-interval and resumed, a run ends with the same bits: weights, optimisers, log."""
     whole = trained(tmp_path / "whole", **given)
