@@ -921,7 +921,7 @@ def test_a_log_whose_last_line_is_cut_off_is_read(tmp_path, a_run):
 VALUED = {"train.py": [name for name, (_, options, _) in train.flags().items() if "action" not in options],
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
           "eval.py": ["show", "test_file", "n_test", "plot", "bars", "device"]}
-ZERO = {"n_train", "n_unique", "short_conv", "embed_std", "lr", "muon_lr", "weight_decay", "warmup",
+ZERO = {"ahead", "n_train", "n_unique", "short_conv", "embed_std", "lr", "muon_lr", "weight_decay", "warmup",
         "cooldown", "stop_at", "seed"}
 NAME = {"out_dir", "write"}
 
