@@ -593,6 +593,13 @@ def test_look_ahead_scores_each_later_node_by_the_map_of_its_distance():
     assert run.model.state_dict().keys() == new_run(teacherless=True).model.state_dict().keys()
 
 
+def test_the_look_ahead_is_of_teacherless_training_unless_asked_for():
+    """The quick preset's standard and reverse cells are the paper's objective; --ahead brings it to them."""
+    for given, ahead in ((dict(teacherless=True), 1), ({}, 0), (dict(reverse=True), 0), (dict(ahead=0.5), 0.5),
+                         (dict(teacherless=True, ahead=0.0), 0), (dict(preset="paper", teacherless=True), 0)):
+        assert train.settle(given)["ahead"] == ahead
+
+
 @BOTH_MODELS
 @BOTH_MODES
 def test_overfits_one_batch(model, teacherless):
