@@ -115,7 +115,7 @@ def build(settings):
     else:
         kind, config = Mamba, MambaConfig
         names, fixed = ("d_state", "a_scale"), dict(d_model=settings["n_embd"])
-    shared = {name: settings[name] for name in ("n_layer", "n_unique", "embed_std", *names)}
+    shared = {name: settings[name] for name in ("n_layer", "embed_std", *names)}
     return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 
 

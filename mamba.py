@@ -210,7 +210,6 @@ class MambaConfig:
     expand: int = 2
     a_scale: float = 1.0  # A = -a_scale (1 .. d_state) at the start; 1: S4D-real, as in the reference
     embed_std: float = 0.02  # of the embeddings at the start
-    n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
 class Mixer(nn.Module):
@@ -277,14 +276,13 @@ class Mamba(nn.Module):
         self.config = config
         self.backbone = nn.ModuleDict(dict(
             embedding=nn.Embedding(config.vocab_size, config.d_model),
-            layers=nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer)),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         # the projections keep PyTorch's initialisation, as in the reference; the embedding is redrawn
         nn.init.normal_(self.backbone.embedding.weight, std=config.embed_std)
 
     def layers(self):
-        """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
-        return [self.backbone.layers[i % len(self.backbone.layers)] for i in range(self.config.n_layer)]
+        return self.backbone.layers
 
     def features(self, idx):
         """Token ids (b, l) -> what the head reads, (b, l, d_model)."""
@@ -353,7 +351,7 @@ def main():
               f"{fast / exp:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
 
     task, batch_size = PathStar(2, 5, 50), 64
-    model = Mamba(MambaConfig(task.vocab_size, d_state=32, n_unique=2)).to(device)  # the quick preset
+    model = Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device)  # the quick preset
     print(f"\na training step on {task} (medians of 5; {device})")
     d, n = model.config.expand * model.config.d_model, model.config.d_state
     arguments = example(batch_size, task.seq_len - 1, d, n, device)

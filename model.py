@@ -24,7 +24,6 @@ class GPTConfig:
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: the plain GPT
     embed_std: float = 0.02  # of the token embeddings at the start
-    n_unique: int = 0     # layers with weights of their own, applied in turn up to n_layer; 0: all
 
 
 def causal_conv(x, conv):
@@ -92,7 +91,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_unique or config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution has PyTorch's
             if name == "wte.weight":
@@ -105,8 +104,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def layers(self):
-        """The n_layer blocks in the order of their use: with n_unique, the same few in turn."""
-        return [self.h[i % len(self.h)] for i in range(self.config.n_layer)]
+        return self.h
 
     def features(self, idx):
         """Token ids (b, t) -> what the head reads, (b, t, n_embd)."""
@@ -188,7 +186,7 @@ def time_step(model, task, batch_size, inner):
     x = inputs(task, graphs.prefix, graphs.target, True)
     products = linear_products(model, x.numel())
     eager = median_ms(step_function(model, x, x))
-    for layer in set(model.layers()):
+    for layer in model.layers():
         layer.compile(dynamic=False)
     compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), inner()))
     width = getattr(config, "n_embd", None) or config.d_model
@@ -202,8 +200,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = PathStar(2, 5, 50)
     print(f"a training step on {task} (medians of 5; {device})")
-    for n_layer, n_unique, n_embd, batch_size in ((8, 2, 64, 64), (8, 0, 256, 128)):
-        config = GPTConfig(task.vocab_size, task.seq_len - 1, n_layer, 4, n_embd, n_unique=n_unique)
+    for n_layer, n_embd, batch_size in ((8, 64, 64), (8, 256, 128)):
+        config = GPTConfig(task.vocab_size, task.seq_len - 1, n_layer, 4, n_embd)
         model = GPT(config).to(device)
         time_step(model, task, batch_size, attention_products(model, batch_size, task.seq_len - 1))
 

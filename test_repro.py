@@ -45,7 +45,7 @@ OFFICIAL = """\
 """.splitlines()
 
 # Every setting is named, so that a better recipe in a preset changes no test.
-TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=10, n_layer=2, n_unique=0, n_embd=32, batch_size=8,
+TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=10, n_layer=2, n_embd=32, batch_size=8,
             n_train=64, n_test=32, max_steps=12, eval_every=4, warmup=5, cooldown=4, stop_at=0,
             optimizer="muon", lr=1e-2, weight_decay=0.0, device="cpu", dtype="float32", compile=False)
 BOTH_MODELS = pytest.mark.parametrize("model", ["gpt", "mamba"])
@@ -377,9 +377,9 @@ def published_mamba(model, idx):
 
 
 def test_mamba_step_equals_forward():
-    """The constant-memory step, token by token from its own state alone; also where layers share weights."""
+    """The constant-memory step, token by token from its own state alone."""
     torch.manual_seed(0)
-    model = shaken(Mamba(MambaConfig(vocab_size=20, n_layer=3, n_unique=2, d_model=32, d_state=4)))
+    model = shaken(Mamba(MambaConfig(vocab_size=20, n_layer=3, d_model=32, d_state=4)))
     idx, state = torch.randint(20, (3, 19)), None
     with torch.no_grad():
         want = model(idx)
@@ -439,17 +439,6 @@ def test_gpt_has_the_names_and_initialisation_of_gpt2():
             assert abs(p.std() / std - 1) < 0.06, name
         else:
             assert (p == float(name.endswith("weight"))).all(), name
-
-
-@BOTH_MODELS
-def test_shared_layers_are_the_same_layers_in_turn(model):
-    """n_unique: the parameters of so many layers, the outputs of a deep model with copies of them."""
-    few, deep = (shaken(new_model(model, n_layer=4, n_unique=n)) for n in (2, 0))
-    copy = lambda name: re.sub(r"^(h|backbone\.layers)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) % 2}", name)
-    deep.load_state_dict({name: few.state_dict()[copy(name)] for name in deep.state_dict()})
-    assert {copy(name) for name in deep.state_dict()} == set(few.state_dict())
-    idx = torch.randint(10, (2, 12))
-    assert torch.equal(few(idx), deep(idx))
 
 
 @BOTH_MODES
@@ -928,7 +917,7 @@ def test_a_log_whose_last_line_is_cut_off_is_read(tmp_path, a_run):
 VALUED = {"train.py": [name for name, (_, options, _) in train.flags().items() if "action" not in options],
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
           "eval.py": ["show", "test_file", "n_test", "plot", "bars", "device"]}
-ZERO = {"ahead", "n_train", "n_unique", "short_conv", "embed_std", "lr", "muon_lr", "weight_decay", "warmup",
+ZERO = {"ahead", "n_train", "short_conv", "embed_std", "lr", "muon_lr", "weight_decay", "warmup",
         "cooldown", "stop_at", "seed"}
 NAME = {"out_dir", "write"}
 

@@ -31,11 +31,11 @@ from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_unique=2, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
+    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
                   embed_std=0.02, batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
                   warmup=100, max_steps=10_000, cooldown=1000, ahead=1.0),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_unique=0, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
+    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
                   embed_std=0.02, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
                   warmup=100, max_steps=390_500, cooldown=0, ahead=0.0),
 }
@@ -69,8 +69,6 @@ def flags():
         "train_file": (None, path, "train on this file of official text"),
         "test_file": (None, path, "test on this file of official text"),
         "n_layer": (None, whole(1, 1000), "blocks"),
-        "n_unique": (None, whole(0),
-                     "layers with weights of their own, applied in turn up to n_layer; 0: all"),
         "n_embd": (None, whole(1, 10_000), "width of the residual stream"),
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution on q, k and v (gpt); 0: none"),
@@ -126,8 +124,6 @@ def settle(given):
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
-    if settings["n_unique"] > settings["n_layer"]:
-        raise UserError(f"--n_unique {settings['n_unique']}: at most the {settings['n_layer']} of --n_layer")
     for name, other in (("n_train", "train_file"), ("n_test", "test_file")):
         if name in given and other in given:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other}; leave one of them out")
@@ -381,7 +377,7 @@ class Run:
         self.losses = torch.zeros(CHECK_EVERY, device=self.device)  # of the steps since the last check
         mamba.Kernel.enabled = settings["compile"]
         if settings["compile"] and compiler_works(self.device):
-            for block in set(self.model.layers()):
+            for block in self.model.layers():
                 block.compile(dynamic=False)
 
     SAVED = ("step", "seconds", "solved_at", "log", "loss_sum", "hits")
