@@ -1,6 +1,6 @@
 """Train a GPT or a Mamba to find the path in a star graph: by teacher forcing, teacherless, or reversed.
 
-    python train.py --model mamba --teacherless          # from scratch: can solve G(2,5)
+    python train.py --model mamba --teacherless          # from scratch: solves G(2,5)
     python train.py --model mamba                        # standard training: stays at a coin flip, 1/d
     python train.py --preset paper                       # the paper's sizes and optimiser, for a GPU
 
