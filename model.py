@@ -23,7 +23,6 @@ class GPTConfig:
     n_head: int = 1
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: the plain GPT
-    embed_std: float = 0.02  # of the token embeddings at the start
 
 
 def causal_conv(x, conv):
@@ -94,9 +93,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution has PyTorch's
-            if name == "wte.weight":
-                nn.init.normal_(p, std=config.embed_std)
-            elif name.endswith("c_proj.weight"):  # the 2 n_layer branches added to the residual stream
+            if name.endswith("c_proj.weight"):  # the 2 n_layer branches added to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)

@@ -329,9 +329,6 @@ def test_mamba_initialisation_of_the_finished_model():
         assert 0.9 * 4 ** -0.5 < m.dt_proj.weight.abs().max() <= 4 ** -0.5
         bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
         assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
-    scaled = Mamba(MambaConfig(vocab_size=9, n_layer=1, d_model=8, d_state=4, a_scale=0.01))
-    rates = scaled.backbone.layers[0].mixer.A_log.exp()
-    assert_close(rates, torch.tensor([0.01, 0.02, 0.03, 0.04]).expand(16, 4), 1e-6)
 
 
 def test_mamba_has_the_names_and_shapes_of_the_reference():
@@ -917,7 +914,7 @@ def test_a_log_whose_last_line_is_cut_off_is_read(tmp_path, a_run):
 VALUED = {"train.py": [name for name, (_, options, _) in train.flags().items() if "action" not in options],
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
           "eval.py": ["show", "test_file", "n_test", "plot", "bars", "device"]}
-ZERO = {"ahead", "n_train", "short_conv", "embed_std", "lr", "muon_lr", "weight_decay", "warmup",
+ZERO = {"ahead", "n_train", "short_conv", "lr", "muon_lr", "weight_decay", "warmup",
         "cooldown", "stop_at", "seed"}
 NAME = {"out_dir", "write"}
 
@@ -943,7 +940,7 @@ def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, c
         raise Taken
 
     monkeypatch.chdir(tmp_path)
-    own = [x for x in command(model="mamba" if flag in ("d_state", "a_scale") else "gpt")
+    own = [x for x in command(model="mamba" if flag == "d_state" else "gpt")
            if "file" not in flag or not x.startswith("--n_t")]
     for value in ("-1", "0", "1e99", "x", ""):
         argv = {"train.py": own, "data.py": ["--n=3"], "eval.py": [a_run]}[script] + [f"--{flag}={value}"]

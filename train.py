@@ -31,13 +31,13 @@ from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
-    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01,
-                  embed_std=0.02, batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
-                  warmup=100, max_steps=10_000, cooldown=1000, ahead=1.0),
+    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=16, ahead=1.0,
+                  batch_size=64, optimizer="muon", lr=1e-2, weight_decay=0.0,
+                  warmup=100, max_steps=10_000, cooldown=1000),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0,
-                  embed_std=0.02, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
-                  warmup=100, max_steps=390_500, cooldown=0, ahead=0.0),
+    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, ahead=0.0,
+                  batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
+                  warmup=100, max_steps=390_500, cooldown=0),
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
 SOLVED = 0.9       # the share from which the learning rate is brought down
@@ -73,9 +73,6 @@ def flags():
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution on q, k and v (gpt); 0: none"),
         "d_state": (None, whole(1, 10_000), "states of a channel (mamba)"),
-        "a_scale": (None, real(1e-6, 1e6),
-                    "decay rates of the states at the start: -X, -2X, ... (mamba); 1: the reference's"),
-        "embed_std": (None, real(0, 100), "standard deviation of the token embeddings at the start"),
         "batch_size": (None, whole(1, 10**6), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
         "optimizer": (None, dict(choices=("muon", "adamw")),
@@ -119,8 +116,7 @@ def settle(given):
     if not settings["teacherless"] and "ahead" not in given:
         settings["ahead"] = 0.0  # standard training is the paper's
     without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"),
-                      ("d_state", "model", "gpt"), ("a_scale", "model", "gpt"),
-                      ("muon_lr", "optimizer", "adamw")]
+                      ("d_state", "model", "gpt"), ("muon_lr", "optimizer", "adamw")]
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
