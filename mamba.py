@@ -74,11 +74,11 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     dx, ddelta, dA = [], [], torch.zeros_like(dh)
     for t in reversed(range(x.shape[1])):
         dh = dh + dy[:, t] * C[:, t]
-        dlog = dh * (decay[t] * h[t])  # gradient of delta_t A, the logarithm of the decay
         dx.append((dh * B[:, t]).sum(2))
+        dh = dh * decay[t]
+        dlog = dh * h[t]  # gradient of delta_t A, the logarithm of the decay
         ddelta.append((dlog * A).sum(2))
         dA = dA + dlog * delta[:, t]
-        dh = dh * decay[t]
     return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
 
@@ -131,24 +131,21 @@ backward_n_kernel = Kernel(chunk_backward_n)
 backward_d_kernel = Kernel(chunk_backward_d)
 
 
-def chunks(*tensors):
-    """Cut (b, l, ...) tensors into (b, CHUNK, ...); zeros fill the last (delta 0 keeps the state)."""
-    pad = -tensors[0].shape[1] % CHUNK
-    return zip(*(F.pad(x, (0, 0, 0, pad)).split(CHUNK, dim=1) for x in tensors))
-
-
 # An operator, so that a compiled model calls the scan instead of tracing through its loops.
 @torch.library.custom_op("pitfalls::scan", mutates_args=())
 def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk (chunks, b, d, n)."""
+    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk (chunks, b, d, n).
+
+    The length l is a multiple of CHUNK.
+    """
     h = x.new_zeros(x.shape[0], *A.shape)
     y, starts = [], []
-    for x_t, delta_t, B_t, C_t in chunks(x, delta, B, C):
+    for x_t, delta_t, B_t, C_t in zip(*(v.split(CHUNK, dim=1) for v in (x, delta, B, C))):
         starts.append(h)
         y_t, h = forward_kernel(x_t, delta_t, A, B_t, C_t, h)
         y.append(y_t)
-    return torch.cat(y, dim=1)[:, :x.shape[1]].contiguous(), torch.stack(starts)
+    return torch.cat(y, dim=1), torch.stack(starts)
 
 
 @torch.library.custom_op("pitfalls::scan_backward", mutates_args=())
@@ -158,18 +155,19 @@ def scan_backward(dy: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, A: tor
     """Gradients of x, delta, A, B, C from that of y."""
     dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(A)
     grads = []
-    for (dy_t, x_t, delta_t, B_t, C_t), h in reversed(list(zip(chunks(dy, x, delta, B, C), starts))):
+    pieces = zip(*(v.split(CHUNK, dim=1) for v in (x, delta, B, C, dy)), starts)
+    for x_t, delta_t, B_t, C_t, dy_t, h in reversed(list(pieces)):
         inputs = (x_t, delta_t, A, B_t, C_t, h, dy_t, dh)
         dx, ddelta, dA_t, dh = backward_n_kernel(*inputs)
         grads.append((dx, ddelta, *backward_d_kernel(*inputs)))
         dA += dA_t.sum(0)
-    dx, ddelta, dB, dC = (torch.cat(g[::-1], dim=1)[:, :x.shape[1]].contiguous() for g in zip(*grads))
+    dx, ddelta, dB, dC = (torch.cat(g[::-1], dim=1) for g in zip(*grads))
     return dx, ddelta, dA, dB, dC
 
 
 @scan.register_fake
 def _(x, delta, A, B, C):
-    return torch.empty_like(x), x.new_empty(-(-x.shape[1] // CHUNK), x.shape[0], *A.shape)
+    return torch.empty_like(x), x.new_empty(x.shape[1] // CHUNK, x.shape[0], *A.shape)
 
 
 @scan_backward.register_fake
@@ -190,10 +188,12 @@ def selective_scan(u, delta, A, B, C, D):
 
     Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says; returns the dtype of u.
     """
-    dtype = u.dtype
+    dtype, l = u.dtype, u.shape[1]
     u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
-    y, _ = scan(delta * u, delta.contiguous(), A, B.contiguous(), C.contiguous())
-    return (y + D * u).to(dtype)
+    # zeros fill the last chunk: delta 0 keeps the state. Here, not in `scan`, a compiled model fuses it
+    whole = lambda v: F.pad(v, (0, 0, 0, -l % CHUNK)).contiguous()
+    y, _ = scan(whole(delta * u), whole(delta), A, whole(B), whole(C))
+    return (y[:, :l] + D * u).to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from data import (Batches, Graphs, Parser, UserError, identities, inputs, number
                   some_path, without)
 from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device,
                   test_graphs)
+from model import Muon
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for both models and every objective
@@ -170,7 +171,7 @@ def make_optimizers(model, settings):
     adamw = [dict(params=rest, lr=settings["lr"], weight_decay=0.0)]
     optimizers = []
     if settings["optimizer"] == "muon":
-        muon = torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
+        muon = Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
         optimizers.append(muon)
     else:
         adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
