@@ -8,6 +8,7 @@ Exact match: the whole path right under greedy decoding. It takes one forward pa
 generated token by token equals the target exactly when every prediction behind the true tokens does.
 """
 import argparse
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -278,20 +279,22 @@ def plot_curves(folders, file):
 
 
 def plot_bars(rows, file):
-    """The paper's main figure, redrawn: exact match by model and objective, ours beside theirs.
+    """The paper's main figure, redrawn: exact match by model, graph and objective, ours beside theirs.
 
     Ours is the mean of the seeds, with their range.
     """
     plt = pyplot()
     objectives = ("standard", "teacherless", "reverse")
-    graphs = sorted({(row["model"], row["task"], row["chance"]) for row in rows})
-    figure, axes = plt.subplots(1, len(graphs), figsize=(2 + 2.4 * len(graphs), 3.6), sharey=True,
-                                squeeze=False, layout="constrained")
-    for ax, (model, task, chance) in zip(axes[0], graphs):
+    models = sorted({row["model"] for row in rows})
+    tasks = sorted({(row["chance"], row["task"]) for row in rows}, reverse=True)
+    figure, grid = plt.subplots(len(models), len(tasks), sharey=True, squeeze=False, layout="constrained",
+                                figsize=(1.6 + 2.8 * len(tasks), 0.6 + 2.3 * len(models)))
+    for (model, (chance, task)), ax in zip(itertools.product(models, tasks), grid.flat):
         for x, name in enumerate(objectives):
             cell = [row for row in rows
                     if (row["model"], row["task"], row["objective"]) == (model, task, name)]
             if not cell:
+                ax.text(x, 2, "not run", ha="center", fontsize="small", color="grey")
                 continue
             ours = [100 * row["accuracy"] for row in cell]
             mean = sum(ours) / len(ours)
@@ -303,10 +306,11 @@ def plot_bars(rows, file):
                 ax.bar(x + 0.2, 100 * paper, 0.38, color="#bbbbbb", label="paper")
                 ax.text(x + 0.2, 100 * paper + 2, f"{100 * paper:.0f}", ha="center", fontsize="small")
         ax.axhline(100 * chance, color="black", linewidth=1, linestyle=":", label="chance, 1/d")
-        ax.set(title=f"{model}, {task}", xticks=range(3), xticklabels=objectives, ylim=(0, 112))
-    axes[0, 0].set_ylabel("exact match on unseen graphs, %")
-    labelled = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))  # each label once
-    figure.legend(labelled.values(), labelled.keys(), fontsize="small", loc="outside right center")
+        ax.set(title=f"{model}, {task}", xlim=(-0.6, 2.6), xticks=range(3), xticklabels=objectives,
+               ylim=(0, 115))
+    figure.supylabel("exact match on unseen graphs, %", fontsize="medium")
+    labelled = dict(itertools.chain(*(zip(*ax.get_legend_handles_labels()[::-1]) for ax in grid.flat)))
+    figure.legend(labelled.values(), labelled.keys(), fontsize="small", loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=150)
 
 

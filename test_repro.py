@@ -562,9 +562,10 @@ def test_rate_warms_up_stays_and_falls_to_zero_after_the_task_is_solved():
     """rate(): the schedule, by hand."""
     settings = dict(warmup=10, max_steps=100, cooldown=20)
     rate = lambda step, solved_at=None, **given: train.rate(step, settings | given, solved_at)
-    assert [rate(step) for step in (0, 4, 9, 50, 80, 90, 100)] == [0.1, 0.5, 1, 1, 1, 0.5, 0]
-    assert [rate(step, 30) for step in (30, 40, 45, 50)] == [1, 0.5, 0.25, 0]
-    assert [rate(step, 95) for step in (95, 100)] == [0.25, 0]  # never beyond max_steps
+    half, quarter = 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)  # with these shares of the decay left
+    assert [rate(step) for step in (0, 4, 9, 50, 80, 90, 100)] == pytest.approx([0.1, 0.5, 1, 1, 1, half, 0])
+    assert [rate(step, 30) for step in (30, 40, 45, 50)] == pytest.approx([1, half, quarter, 0])
+    assert [rate(step, 95) for step in (95, 100)] == pytest.approx([quarter, 0])  # never beyond max_steps
     assert [rate(99, cooldown=0), rate(60, 30, cooldown=0)] == [1, 1]
     assert [train.last_step(settings, solved_at) for solved_at in (None, 30, 95)] == [100, 50, 100]
 
