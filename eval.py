@@ -115,7 +115,7 @@ def build(settings):
         names, fixed = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1)
     else:
         kind, config = Mamba, MambaConfig
-        names, fixed = ("d_state",), dict(d_model=settings["n_embd"])
+        names, fixed = ("d_state", "a_scale"), dict(d_model=settings["n_embd"])
     shared = {name: settings[name] for name in ("n_layer", *names)}
     return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
 

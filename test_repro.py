@@ -64,7 +64,7 @@ def put_back():
 
 def tiny(model="gpt", **given):
     """The flags of a run that takes a second."""
-    own = dict(n_head=4, short_conv=4) if model == "gpt" else dict(d_state=16)
+    own = dict(n_head=4, short_conv=4) if model == "gpt" else dict(d_state=16, a_scale=1.0)
     return TINY | own | dict(model=model) | given
 
 
@@ -329,6 +329,9 @@ def test_mamba_initialisation_of_the_finished_model():
         assert 0.9 * 4 ** -0.5 < m.dt_proj.weight.abs().max() <= 4 ** -0.5
         bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
         assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
+    scaled = Mamba(MambaConfig(vocab_size=9, n_layer=1, d_model=8, d_state=4, a_scale=0.01))
+    rates = scaled.backbone.layers[0].mixer.A_log.exp()
+    assert_close(rates, torch.tensor([0.01, 0.02, 0.03, 0.04]).expand(16, 4), 1e-6)
 
 
 def test_mamba_has_the_names_and_shapes_of_the_reference():
@@ -957,7 +960,7 @@ def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, c
         raise Taken
 
     monkeypatch.chdir(tmp_path)
-    own = [x for x in command(model="mamba" if flag == "d_state" else "gpt")
+    own = [x for x in command(model="mamba" if flag in ("d_state", "a_scale") else "gpt")
            if "file" not in flag or not x.startswith("--n_t")]
     for value in ("-1", "0", "1e99", "x", ""):
         argv = {"train.py": own, "data.py": ["--n=3"], "eval.py": [a_run]}[script] + [f"--{flag}={value}"]

@@ -32,11 +32,11 @@ from model import Muon
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for every objective (for both models, where no model is named)
-    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=16, ahead=1.0,
+    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01, ahead=1.0,
                   batch_size=64, optimizer="muon", lr=dict(gpt=2e-2, mamba=1e-2), weight_decay=0.0,
                   warmup=100, max_steps=10_000, cooldown=dict(gpt=1000, mamba=2000)),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, ahead=0.0,
+    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0, ahead=0.0,
                   batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
                   warmup=100, max_steps=390_500, cooldown=0),
 }
@@ -74,6 +74,8 @@ def flags():
         "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
         "short_conv": (None, whole(0, 100), "taps of the causal convolution on q, k and v (gpt); 0: none"),
         "d_state": (None, whole(1, 10_000), "states of a channel (mamba)"),
+        "a_scale": (None, real(1e-6, 1e6),
+                    "decay rates of the states at the start: -X, -2X, ... (mamba); 1: the reference's"),
         "batch_size": (None, whole(1, 10**6), "graphs a step"),
         "max_steps": (None, whole(1), "steps at most"),
         "optimizer": (None, dict(choices=("muon", "adamw")),
@@ -120,7 +122,8 @@ def settle(given):
     if not settings["teacherless"] and "ahead" not in given:
         settings["ahead"] = 0.0  # standard training is the paper's
     without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"),
-                      ("d_state", "model", "gpt"), ("muon_lr", "optimizer", "adamw")]
+                      ("d_state", "model", "gpt"), ("a_scale", "model", "gpt"),
+                      ("muon_lr", "optimizer", "adamw")]
     for name, other, value in without_effect:
         if name in given and settings[other] == value:
             raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
