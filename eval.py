@@ -274,6 +274,7 @@ def plot_curves(folders, file):
         axes.set_title(f"{name}, G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}")
     axes.axhline(100 / settings["deg"], color="grey", linewidth=1, linestyle=":", label="chance, 1/d")
     axes.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150)
 
@@ -287,9 +288,9 @@ def plot_bars(rows, file):
     objectives = ("standard", "teacherless", "reverse")
     models = sorted({row["model"] for row in rows})
     tasks = sorted({(row["chance"], row["task"]) for row in rows}, reverse=True)
-    figure, grid = plt.subplots(len(models), len(tasks), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(1.6 + 2.8 * len(tasks), 0.6 + 2.3 * len(models)))
-    for (model, (chance, task)), ax in zip(itertools.product(models, tasks), grid.flat):
+    figure, grid = plt.subplots(len(tasks), len(models), sharey=True, squeeze=False, layout="constrained",
+                                figsize=(1.6 + 3.2 * len(models), 0.8 + 2.3 * len(tasks)))
+    for ((chance, task), model), ax in zip(itertools.product(tasks, models), grid.flat):
         for x, name in enumerate(objectives):
             cell = [row for row in rows
                     if (row["model"], row["task"], row["objective"]) == (model, task, name)]
