@@ -159,8 +159,9 @@ class Muon(torch.optim.Muon):
                 by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), params in by_shape.items():
                 for p in params:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - momentum)
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 x = torch.stack([p.grad.lerp(self.state[p]["momentum_buffer"], momentum) for p in params])
                 x = x.mT if rows > columns else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
