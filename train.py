@@ -31,7 +31,7 @@ from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent
 from model import Muon
 
 PRESETS = {
-    # minutes on two CPU cores: one recipe for every objective (for both models, where no model is named)
+    # minutes on two CPU cores: one recipe for every objective; a dict holds what differs between models
     "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01, ahead=1.0,
                   batch_size=64, optimizer="muon", lr=dict(gpt=2e-2, mamba=1e-2), weight_decay=0.0,
                   warmup=100, max_steps=10_000, cooldown=dict(gpt=1000, mamba=2000)),
