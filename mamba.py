@@ -131,6 +131,11 @@ backward_n_kernel = Kernel(chunk_backward_n)
 backward_d_kernel = Kernel(chunk_backward_d)
 
 
+def chunks(*tensors):
+    """Cut (b, l, ...) tensors, l a multiple of CHUNK, into (b, CHUNK, ...) views; one tuple a chunk."""
+    return zip(*(x.split(CHUNK, dim=1) for x in tensors))
+
+
 # An operator, so that a compiled model calls the scan instead of tracing through its loops.
 @torch.library.custom_op("pitfalls::scan", mutates_args=())
 def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
@@ -141,7 +146,7 @@ def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     """
     h = x.new_zeros(x.shape[0], *A.shape)
     y, starts = [], []
-    for x_t, delta_t, B_t, C_t in zip(*(v.split(CHUNK, dim=1) for v in (x, delta, B, C))):
+    for x_t, delta_t, B_t, C_t in chunks(x, delta, B, C):
         starts.append(h)
         y_t, h = forward_kernel(x_t, delta_t, A, B_t, C_t, h)
         y.append(y_t)
@@ -155,8 +160,7 @@ def scan_backward(dy: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, A: tor
     """Gradients of x, delta, A, B, C from that of y."""
     dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(A)
     grads = []
-    pieces = zip(*(v.split(CHUNK, dim=1) for v in (x, delta, B, C, dy)), starts)
-    for x_t, delta_t, B_t, C_t, dy_t, h in reversed(list(pieces)):
+    for (dy_t, x_t, delta_t, B_t, C_t), h in reversed(list(zip(chunks(dy, x, delta, B, C), starts))):
         inputs = (x_t, delta_t, A, B_t, C_t, h, dy_t, dh)
         dx, ddelta, dA_t, dh = backward_n_kernel(*inputs)
         grads.append((dx, ddelta, *backward_d_kernel(*inputs)))

@@ -57,7 +57,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x):
-    """F.gelu(x, approximate="tanh"), GPT-2's: with (1 + tanh z) / 2 = sigmoid(2 z), as a CPU's tanh is slow."""
+    """F.gelu(x, approximate="tanh"), GPT-2's, by (1 + tanh z) / 2 = sigmoid(2 z): a CPU's tanh is slow."""
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
