@@ -3,6 +3,7 @@
     python eval.py out/RUN [out/RUN ...]          # the table, beside the paper's figures
     python eval.py out/RUN --show 4               # test graphs with the model's answer, right and wrong
     python eval.py out/RUN ... --plot curves.png  # accuracy against samples seen (needs matplotlib)
+    python eval.py out/* --json > runs.jsonl      # rows to keep; eval.py reads them in place of folders
 
 Exact match: the whole path right under greedy decoding. It takes one forward pass, not l: a path that is
 generated token by token equals the target exactly when every prediction behind the true tokens does.
@@ -181,6 +182,16 @@ def measure(folder, device, test_file=None, n_test=None):
                 chance=1 / task.deg, paper=paper_accuracy(settings), **result)
 
 
+def read_rows(file):
+    """Rows of `measure` that --json printed into a file."""
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        list(table(rows))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not the output of eval.py --json ({error!r})"[:200]) from None
+    return rows
+
+
 def load_flag(flag, path, task):
     """The Graphs of the file that a flag names, which its errors name too."""
     try:
@@ -271,6 +282,8 @@ def plot_curves(folders, file):
         for i, accuracy in enumerate(zip(*(line["token_accuracy"] for line in log))):
             axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}")
         axes.plot(samples, exact, "k--", label="whole path")
+        if log and "clever_hans" in log[0]:
+            axes.plot(samples, [100 * line["clever_hans"] for line in log], "k:", label="Clever Hans share")
         axes.set_title(f"{name}, G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}")
     axes.axhline(100 / settings["deg"], color="grey", linewidth=1, linestyle=":", label="chance, 1/d")
     axes.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
@@ -317,7 +330,8 @@ def plot_bars(rows, file):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a run's folder, or a .jsonl file of what --json printed for some")
     parser.add_argument("--show", type=number(int, 1, 1000), metavar="K",
                         help="print K test graphs with the model's answer")
     parser.add_argument("--test_file", type=some_path, metavar="FILE",
@@ -337,9 +351,16 @@ def main(argv=None):
         device = pick_device(args.device)
         if args.plot or args.bars:
             pyplot()
+        rows = []
+        for run in args.runs:
+            if not run.endswith(".jsonl"):
+                rows.append(measure(run, device, args.test_file, args.n_test))
+            elif args.test_file or args.n_test or args.show or args.plot:
+                raise UserError(f"{run}: --test_file, --n_test, --show and --plot need a run's folder")
+            else:
+                rows += read_rows(run)
         if args.plot:
             plot_curves(args.runs, args.plot)
-        rows = [measure(folder, device, args.test_file, args.n_test) for folder in args.runs]
         if args.bars:
             plot_bars(rows, args.bars)
         print(*([json.dumps(row) for row in rows] if args.json else table(rows)), sep="\n")

@@ -5,6 +5,7 @@
 Source: Radford et al. 2019 (GPT-2). The paper's GPT-Mini: 12 layers, width 384, 6 heads, `short_conv` 0.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -194,13 +195,26 @@ def step_function(model, x, y):
 
 def linear_products(model, tokens):
     """The products of activations and weights in such a step, as a function without arguments."""
-    linear = [m for layer in model.layers() for m in layer.modules() if isinstance(m, nn.Linear)]
-    weights = [m.weight.detach() for m in linear]
+    weights = [m.weight.detach() for m in model.layers().modules() if isinstance(m, nn.Linear)]
     pairs = [(w, w.new_ones(tokens, w.shape[1]), w.new_ones(tokens, w.shape[0])) for w in weights]
 
     def products():
         for w, x, dy in pairs:
             x @ w.T, dy @ w, dy.T @ x
+    return products
+
+
+def newton_schulz_products(model):
+    """The products inside Muon in such a step: three in each of five iterations, for all of one shape."""
+    shapes = Counter(m.weight.shape for m in model.layers().modules() if isinstance(m, nn.Linear))
+    one = next(model.parameters()).detach()
+    pairs = [(one.new_ones(n, min(shape), max(shape)), one.new_ones(n, min(shape), min(shape)))
+             for shape, n in shapes.items()]
+
+    def products():
+        for _ in range(5):
+            for x, gram in pairs:
+                x @ x.mT, gram @ gram, gram @ x
     return products
 
 
@@ -219,15 +233,15 @@ def attention_products(model, batch_size, t):
 
 def time_step(model, task, batch_size, inner):
     """Print a training step, eager and compiled, beside its arithmetic alone: the products of its linear
-    layers and `inner`, a function that does those of its attention or its scans."""
+    layers and of Muon, and `inner`, a function that does those of its attention or its scans."""
     device, config = next(model.parameters()).device, model.config
     graphs = task.sample(batch_size, random_stream(0, device=device))
     x = inputs(task, graphs.prefix, graphs.target, True)
-    products = linear_products(model, x.numel())
+    products, muon = linear_products(model, x.numel()), newton_schulz_products(model)
     eager = median_ms(step_function(model, x, x))
     for layer in model.layers():
         layer.compile(dynamic=False)
-    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), inner()))
+    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), muon(), inner()))
     width = getattr(config, "n_embd", None) or config.d_model
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; "

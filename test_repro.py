@@ -930,6 +930,22 @@ def test_a_log_whose_last_line_is_cut_off_is_read(tmp_path, a_run):
         assert evaluation.read_log(tmp_path) == count * [json.loads(line)]
 
 
+def test_rows_that_were_kept_give_the_same_table(tmp_path, monkeypatch, capfd, a_run):
+    """eval.py --json > rows.jsonl: the file stands for the run's folder; another file is refused."""
+    evaluation.main([str(a_run), "--json"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(capfd.readouterr().out)
+    outputs = []
+    for run in (a_run, rows):
+        evaluation.main([str(run)])
+        outputs.append(capfd.readouterr().out)
+    assert outputs[0] == outputs[1] and str(a_run) in outputs[1]
+    assert "need a run's folder" in refusal(monkeypatch, capfd, "eval.py", rows, "--n_test", 5)[1]
+    for content in ("{", "[1]", "{}", rows.read_text().replace('"samples"', '"simples"')):
+        rows.write_text(content)
+        assert "rows.jsonl" in refusal(monkeypatch, capfd, "eval.py", rows)[1]
+
+
 # script -> the flags that take a value; and those of them that take 0, or any name
 VALUED = {"train.py": [name for name, (_, options, _) in train.flags().items() if "action" not in options],
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
