@@ -2,10 +2,9 @@
 
     python model.py  # count the parameters, time a training step beside its bare matrix products
 
-Source: Radford et al. 2019 (GPT-2). The paper's GPT-Mini: 12 layers, width 384, 6 heads, `short_conv` 0.
+Source: Radford et al. 2019 (GPT-2). The paper's GPT-Mini: 12 layers, width 384, 6 heads.
 """
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,9 @@ class GPTConfig:
     vocab_size: int
     block_size: int       # the longest input, in tokens
     n_layer: int = 8
-    n_head: int = 1
+    n_head: int = 4
     n_embd: int = 64
-    short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: the plain GPT
+    short_conv: int = 0   # taps of a causal convolution on q, k and v; 0: none, the paper's GPT
 
 
 def causal_conv(x, conv):
@@ -42,9 +41,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        # With only l supervised tokens a sequence, a plain GPT spends most of its training on learning to
-        # look one token back. With the convolution a key can hold an edge's child and its value the parent
-        # from the first step on; a Mamba block has one in the same place.
+        # optional: with it a key can hold an edge's child and its value the parent from the first step on,
+        # and no layer has to learn to look one token back; a Mamba block has one in the same place
         d, k = 3 * config.n_embd, config.short_conv
         self.conv = nn.Conv1d(d, d, k, groups=d, bias=False) if k else None
 
@@ -141,55 +139,17 @@ def generate(model, task, prefix, teacherless):
 
 
 # -------------------------------------------------------------------------------------------------------
-# The optimiser of the matrices.
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) in fp32, with all matrices of one shape in one batch.
-
-    The library orthogonalises them one after the other in bf16. At the widths used here that is a sixth of
-    a GPT's step on a CPU, and some hundred launches more on a GPU.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            (a, b, c), momentum = group["ns_coefficients"], group["momentum"]
-            by_shape = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                x = torch.stack([p.grad.lerp(self.state[p]["momentum_buffer"], momentum) for p in params])
-                x = x.mT if rows > columns else x
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):  # Newton-Schulz: singular values go to about 1
-                    gram = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                x = x.mT if rows > columns else x
-                for p, update in zip(params, x):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
-
-
-# -------------------------------------------------------------------------------------------------------
 # The benchmark.
 
 
 def step_function(model, x, y):
-    """A step of the quick preset as a function without arguments: forward, backward, Muon, AdamW."""
-    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    rest = [p for p in model.parameters() if all(p is not w for w in matrices)]
-    optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=1e-2, fused=True)]
+    """A training step as a function without arguments: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return step
 
 
@@ -201,20 +161,6 @@ def linear_products(model, tokens):
     def products():
         for w, x, dy in pairs:
             x @ w.T, dy @ w, dy.T @ x
-    return products
-
-
-def newton_schulz_products(model):
-    """The products inside Muon in such a step: three in each of five iterations, for all of one shape."""
-    shapes = Counter(m.weight.shape for m in model.layers().modules() if isinstance(m, nn.Linear))
-    one = next(model.parameters()).detach()
-    pairs = [(one.new_ones(n, min(shape), max(shape)), one.new_ones(n, min(shape), min(shape)))
-             for shape, n in shapes.items()]
-
-    def products():
-        for _ in range(5):
-            for x, gram in pairs:
-                x @ x.mT, gram @ gram, gram @ x
     return products
 
 
@@ -233,15 +179,15 @@ def attention_products(model, batch_size, t):
 
 def time_step(model, task, batch_size, inner):
     """Print a training step, eager and compiled, beside its arithmetic alone: the products of its linear
-    layers and of Muon, and `inner`, a function that does those of its attention or its scans."""
+    layers and `inner`, a function that does those of its attention or its scans."""
     device, config = next(model.parameters()).device, model.config
     graphs = task.sample(batch_size, random_stream(0, device=device))
     x = inputs(task, graphs.prefix, graphs.target, True)
-    products, muon = linear_products(model, x.numel()), newton_schulz_products(model)
+    products = linear_products(model, x.numel())
     eager = median_ms(step_function(model, x, x))
     for layer in model.layers():
         layer.compile(dynamic=False)
-    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), muon(), inner()))
+    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), inner()))
     width = getattr(config, "n_embd", None) or config.d_model
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; "
