@@ -22,7 +22,7 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 4
     n_embd: int = 64
-    short_conv: int = 0   # taps of a causal convolution on q, k and v; 0: none, the paper's GPT
+    short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
 
 
 def causal_conv(x, conv):
