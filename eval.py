@@ -186,7 +186,9 @@ def read_rows(file):
     """Rows of `measure` that --json printed into a file."""
     try:
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        list(table(rows))
+        if not rows:
+            raise ValueError("it is empty")
+        list(table(rows))  # a row that lacks something has no line in the table
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the output of eval.py --json ({error!r})"[:200]) from None
     return rows
@@ -351,16 +353,14 @@ def main(argv=None):
         device = pick_device(args.device)
         if args.plot or args.bars:
             pyplot()
-        rows = []
-        for run in args.runs:
-            if not run.endswith(".jsonl"):
-                rows.append(measure(run, device, args.test_file, args.n_test))
-            elif args.test_file or args.n_test or args.show or args.plot:
-                raise UserError(f"{run}: --test_file, --n_test, --show and --plot need a run's folder")
-            else:
-                rows += read_rows(run)
+        kept = [run for run in args.runs if run.endswith(".jsonl")]
+        if kept and (args.test_file or args.n_test or args.show or args.plot):
+            raise UserError(f"{kept[0]}: --test_file, --n_test, --show and --plot need a run's folder")
         if args.plot:
             plot_curves(args.runs, args.plot)
+        rows = []
+        for run in args.runs:
+            rows += read_rows(run) if run in kept else [measure(run, device, args.test_file, args.n_test)]
         if args.bars:
             plot_bars(rows, args.bars)
         print(*([json.dumps(row) for row in rows] if args.json else table(rows)), sep="\n")

@@ -925,7 +925,7 @@ def test_rows_that_were_kept_give_the_same_table(tmp_path, monkeypatch, capfd, a
         outputs.append(capfd.readouterr().out)
     assert outputs[0] == outputs[1] and str(a_run) in outputs[1]
     assert "need a run's folder" in refusal(monkeypatch, capfd, "eval.py", rows, "--n_test", 5)[1]
-    for content in ("{", "[1]", "{}", rows.read_text().replace('"samples"', '"simples"')):
+    for content in ("", "{", "[1]", "{}", rows.read_text().replace('"samples"', '"simples"')):
         rows.write_text(content)
         assert "rows.jsonl" in refusal(monkeypatch, capfd, "eval.py", rows)[1]
 
