@@ -281,7 +281,7 @@ def draw(task, graph):
         yield f"{start:>6} -> " + " -> ".join(f"{v:2}" for v in arm) + mark
 
 
-def median_ms(function, repeats=5):
+def median_ms(function, repeats=15):
     """Median time of a call in milliseconds, after one call to warm up."""
     times = []
     for _ in range(repeats + 1):

@@ -198,7 +198,7 @@ def time_step(model, task, batch_size, inner):
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = PathStar(2, 5, 50)
-    print(f"a training step on {task} (medians of 5; {device})")
+    print(f"a training step on {task} (medians of 15; {device})")
     for n_layer, n_embd, batch_size in ((8, 64, 64), (8, 256, 128)):
         config = GPTConfig(task.vocab_size, task.seq_len - 1, n_layer, 4, n_embd)
         model = GPT(config).to(device)

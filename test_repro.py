@@ -302,19 +302,24 @@ def test_scan_stays_finite_at_any_step_size(scale):
         assert_close(got[name], want[name], 1e-5)
 
 
-def test_compiled_scan_equals_the_eager_one(monkeypatch):
-    """What the compiler makes of the chunk functions, forwards and back."""
+def test_compiled_scan_equals_the_loop(monkeypatch):
+    """What the compiler makes of the chunk functions, forwards and back, and their exponential."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
     except Exception as error:
         pytest.skip(f"torch.compile, which needs a C++ compiler on a CPU, fails: {type(error).__name__}")
     monkeypatch.setattr(mamba, "CHUNK", 4)  # compiles faster
-    want = with_gradients(selective_scan, scan_arguments(10, 32, 0.5, torch.float32))
     mamba.Kernel.enabled = True
-    got = with_gradients(selective_scan, scan_arguments(10, 32, 0.5, torch.float32))
-    assert mamba.Kernel.enabled, "the scan fell back to eager"
-    for name in want:
-        assert_close(got[name], want[name], 1e-5)
+    for decay in (0.99, 0.5, 1e-10):
+        want = with_gradients(selective_scan_ref, scan_arguments(10, 32, decay))
+        got = with_gradients(selective_scan, scan_arguments(10, 32, decay, torch.float32))
+        assert mamba.Kernel.enabled, "the scan fell back to eager"
+        for name in want:
+            assert_close(got[name], want[name], 1e-5)
+    x = torch.linspace(-200, 0, 100_001)
+    exp = torch.compile(mamba.exp)(x)
+    assert exp[-1] == 1  # a step size of 0 keeps the state as it is
+    assert (exp - torch.exp(x.double())).abs().max() < 3e-7
 
 
 def test_mamba_initialisation_of_the_finished_model():

@@ -32,7 +32,7 @@ from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent
 PRESETS = {
     # minutes on two CPU cores: one recipe for every objective; a dict holds what differs between models
     "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01, ahead=1.0,
-                  batch_size=64, optimizer=dict(gpt="adamw", mamba="muon"), lr=dict(gpt=3e-3, mamba=1e-2),
+                  batch_size=64, optimizer=dict(gpt="adamw", mamba="muon"), lr=dict(gpt=5e-3, mamba=1e-2),
                   weight_decay=0.0, warmup=100, max_steps=10_000, cooldown=dict(gpt=1000, mamba=2000)),
     # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
     "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0, ahead=0.0,
