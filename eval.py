@@ -176,10 +176,13 @@ def measure(folder, device, test_file=None, n_test=None):
     result = evaluate(model, task, graphs, settings["teacherless"])
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
     samples = checkpoint["step"] * settings["batch_size"]
-    return dict(run=str(folder), model=settings["model"], objective=objective(settings), task=str(task),
+    name, paper = objective(settings), paper_accuracy(settings)
+    if settings["ahead"] and not settings["teacherless"]:  # another objective than the paper's
+        name, paper = f"{name} + look-ahead", None
+    return dict(run=str(folder), model=settings["model"], objective=name, task=str(task),
                 seed=settings["seed"], step=checkpoint["step"], samples=samples,
                 seconds=checkpoint["seconds"], test_graphs=len(graphs.target), first_node=first_node,
-                chance=1 / task.deg, paper=paper_accuracy(settings), **result)
+                chance=1 / task.deg, paper=paper, **result)
 
 
 def read_rows(file):

@@ -935,6 +935,15 @@ def test_rows_that_were_kept_give_the_same_table(tmp_path, monkeypatch, capfd, a
         assert "rows.jsonl" in refusal(monkeypatch, capfd, "eval.py", rows)[1]
 
 
+def test_a_run_is_compared_with_the_papers_figure_for_its_own_objective(tmp_path):
+    """The look-ahead makes of teacher forcing another objective; no figure may count it as standard."""
+    for given, name, paper in (({}, "standard", 0.5), (dict(ahead=1.0), "standard + look-ahead", None),
+                               (dict(ahead=1.0, teacherless=True), "teacherless", 1.0)):
+        trained(tmp_path / name, path_len=5, max_steps=1, cooldown=0, **given)
+        row = evaluation.measure(tmp_path / name, "cpu")
+        assert (row["objective"], row["paper"]) == (name, paper)
+
+
 # script -> the flags that take a value; and those of them that take 0, or any name
 VALUED = {"train.py": [name for name, (_, options, _) in train.flags().items() if "action" not in options],
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
