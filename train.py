@@ -500,8 +500,9 @@ def describe(run, folder):
            f"at most {s['max_steps']:,} steps of {s['batch_size']} graphs; into {folder}")
 
 
-def report(run, line, speed):
-    """One line for an evaluation; `speed` in steps a second."""
+def report(run, line):
+    """One line for an evaluation."""
+    speed = run.step / run.seconds  # in steps a second
     left = (last_step(run.settings, run.solved_at) - run.step) / speed
     exact, chance = percent(line["accuracy"]), percent(1 / run.task.deg)
     tokens = " ".join(percent(x) for x in line["token_accuracy"])
@@ -512,7 +513,7 @@ def report(run, line, speed):
 
 def train(run, folder, signals):
     """Train until solved, to the end, or until a signal has come in; saves at each evaluation and then."""
-    begin, first_step, first_seconds = time.perf_counter(), run.step, run.seconds
+    begin, first_seconds = time.perf_counter(), run.seconds
     while True:
         evaluated = bool(run.log) and run.log[-1]["step"] == run.step
         due = run.at_end() or run.step > 0 and run.step % run.settings["eval_every"] == 0
@@ -523,8 +524,7 @@ def train(run, folder, signals):
                 line = run.evaluate()
                 with disk(folder), open(folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
-                speed = max(1, run.step - first_step) / (run.seconds - first_seconds)
-                print(report(run, line, speed), flush=True)
+                print(report(run, line), flush=True)
             with disk(folder):
                 save_checkpoint(folder, run.state_dict())
         if signals or due and run.finished():
