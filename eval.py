@@ -36,11 +36,11 @@ def objective(settings):
     return names[settings["teacherless"], settings["reverse"]]
 
 
-def paper_accuracy(settings):
-    """The paper's exact match for the same graph, model and objective, as a fraction of 1, or None."""
+def paper_accuracy(settings, name):
+    """The paper's exact match for this graph, model and named objective, a fraction of 1 or None."""
     cells = PAPER[settings["model"]].get(f"G({settings['deg']},{settings['path_len']})")
     names = ("standard", "teacherless", "reverse")
-    return cells[names.index(objective(settings))] / 100 if cells and objective(settings) in names else None
+    return cells[names.index(name)] / 100 if cells and name in names else None
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -176,13 +176,13 @@ def measure(folder, device, test_file=None, n_test=None):
     result = evaluate(model, task, graphs, settings["teacherless"])
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
     samples = checkpoint["step"] * settings["batch_size"]
-    name, paper = objective(settings), paper_accuracy(settings)
+    name = objective(settings)
     if settings["ahead"] and not settings["teacherless"]:  # another objective than the paper's
-        name, paper = f"{name} + look-ahead", None
+        name += " + look-ahead"
     return dict(run=str(folder), model=settings["model"], objective=name, task=str(task),
                 seed=settings["seed"], step=checkpoint["step"], samples=samples,
                 seconds=checkpoint["seconds"], test_graphs=len(graphs.target), first_node=first_node,
-                chance=1 / task.deg, paper=paper, **result)
+                chance=1 / task.deg, paper=paper_accuracy(settings, name), **result)
 
 
 def read_rows(file):
