@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import Parser, PathStar, UserError, inputs, load, number, sample_test_set, some_path
+from data import Graphs, Parser, PathStar, UserError, inputs, load, number, sample_test_set, some_path
 from mamba import Mamba, MambaConfig
 from model import GPT, GPTConfig, generate
 
@@ -33,7 +33,8 @@ PAPER = {
 def objective(settings):
     names = {(False, False): "standard", (True, False): "teacherless",
              (False, True): "reverse", (True, True): "teacherless reverse"}
-    return names[settings["teacherless"], settings["reverse"]]
+    other = settings["ahead"] and not settings["teacherless"]  # another objective than the paper's
+    return names[settings["teacherless"], settings["reverse"]] + (" + look-ahead" if other else "")
 
 
 def paper_accuracy(settings, name):
@@ -48,10 +49,13 @@ def paper_accuracy(settings, name):
 
 
 @torch.no_grad()
-def predict(model, task, prefix, target, teacherless, batch_size):
-    """Greedy predictions behind the true tokens (or `$`) and cross-entropies, both (n, target_len)."""
+def predict(model, task, prefix, target, teacherless, batch_size, enough=None):
+    """Greedy predictions behind the true tokens (or `$`) and cross-entropies, both (n, target_len).
+
+    enough(seen, wrong), asked after each batch, ends it early: then there are `seen` rows.
+    """
     device, answers, losses = next(model.parameters()).device, [], []
-    fed = inputs(task, prefix, target, teacherless)
+    fed, wrong = inputs(task, prefix, target, teacherless), 0
     for i in range(0, len(fed), batch_size):
         x, y = fed[i:i + batch_size].to(device), target[i:i + batch_size].to(device)
         rows = len(x)
@@ -60,16 +64,21 @@ def predict(model, task, prefix, target, teacherless, batch_size):
         logits = model(x)[:rows, -task.target_len:].float()
         answers.append(logits.argmax(-1).cpu())
         losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu())
+        wrong += (answers[-1] != target[i:i + rows]).any(1).sum().item()
+        if enough and enough(i + rows, wrong):
+            break
     return torch.cat(answers), torch.cat(losses)
 
 
-def evaluate(model, task, graphs, teacherless, batch_size=256):
-    """One forward pass over Graphs -> dict of loss (nats a token), accuracy (exact match) and
-    token_accuracy (a list along the target), fractions of 1; for standard training also what
-    `clever_hans` says, where there is a wrong arm to follow."""
-    answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
+def evaluate(model, task, graphs, teacherless, batch_size=256, enough=None):
+    """One forward pass over Graphs, or over the first of them (see `predict`) -> dict of test_graphs
+    (how many), loss (nats a token), accuracy (exact match) and token_accuracy (a list along the target),
+    fractions of 1; for standard training also what `clever_hans` says, where there is a wrong arm."""
+    answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size, enough)
+    graphs = Graphs(*(x[:len(answer)] for x in graphs))
     right = answer == graphs.target
-    result = dict(loss=loss.mean().item(), accuracy=right.all(1).float().mean().item(),
+    result = dict(test_graphs=len(answer), loss=loss.mean().item(),
+                  accuracy=right.all(1).float().mean().item(),
                   token_accuracy=right.float().mean(0).tolist())
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 3:
         result |= clever_hans(model, task, graphs, batch_size)
@@ -177,12 +186,10 @@ def measure(folder, device, test_file=None, n_test=None):
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
     samples = checkpoint["step"] * settings["batch_size"]
     name = objective(settings)
-    if settings["ahead"] and not settings["teacherless"]:  # another objective than the paper's
-        name += " + look-ahead"
     return dict(run=str(folder), model=settings["model"], objective=name, task=str(task),
                 seed=settings["seed"], step=checkpoint["step"], samples=samples,
-                seconds=checkpoint["seconds"], test_graphs=len(graphs.target), first_node=first_node,
-                chance=1 / task.deg, paper=paper_accuracy(settings, name), **result)
+                seconds=checkpoint["seconds"], first_node=first_node, chance=1 / task.deg,
+                paper=paper_accuracy(settings, name), **result)
 
 
 def read_rows(file):

@@ -1078,7 +1078,7 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
                 wrong = [target[0], *arms[1]]
                 hans.append([a == b for a, b in zip(answer(prefix, wrong)[1][2:], wrong[2:])])
         got = evaluation.evaluate(model, task, graphs, teacherless, draw.randint(1, n + 2))
-        want = dict(loss=sum(losses) / len(losses), accuracy=sum(map(all, right)) / n,
+        want = dict(test_graphs=n, loss=sum(losses) / len(losses), accuracy=sum(map(all, right)) / n,
                     token_accuracy=[sum(column) / n for column in zip(*right)])
         if hans:
             want |= dict(clever_hans=sum(all(x[:-1]) for x in hans) / n,
@@ -1086,8 +1086,29 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
         assert got.keys() == want.keys()
         for name in want:
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), (task, name)
+        asked, first = [], Graphs(*(x[:10] for x in graphs))
+        enough = lambda *counts: asked.append(counts) or counts[0] == 10
+        part = evaluation.evaluate(model, task, graphs, teacherless, 5, enough)
+        assert part == evaluation.evaluate(model, task, first, teacherless, 5)
+        assert asked == [(k, k - sum(map(all, right[:k]))) for k in (5, 10)]
         found.append((want["accuracy"], want.get("clever_hans", 0)))
     assert all(sum(0 < x < 1 for x in column) >= 2 for column in zip(*found))  # some right, some wrong
+
+
+@pytest.mark.parametrize("share_wrong, stop_at, max_steps, want", [
+    (0, 0.99, 99, 2000), (0.01, 0.99, 99, 2000), (0.015, 0.99, 99, 500), (0.5, 0.99, 99, 500),
+    (0, 0, 99, 500), (0.5, 0.99, 1, 2000)])
+def test_the_whole_test_set_is_asked_where_a_run_may_be_solved_or_ends(
+        monkeypatch, share_wrong, stop_at, max_steps, want):
+    run = new_run(n_test=2000, stop_at=stop_at, max_steps=max_steps)
+
+    def evaluate(model, task, graphs, teacherless, size, enough):
+        seen = next((seen for seen in range(50, len(graphs.target), 50)
+                     if enough(seen, int(share_wrong * seen))), len(graphs.target))
+        return dict(test_graphs=seen, loss=1.0, accuracy=1 - share_wrong, token_accuracy=[])
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run.step = 1
+    assert run.evaluate()["test_graphs"] == want
 
 
 @pytest.fixture(scope="module")

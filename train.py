@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import mamba
-from data import (Batches, Graphs, Parser, UserError, identities, inputs, number, sample_train_set,
+from data import (Batches, Parser, UserError, identities, inputs, number, sample_train_set,
                   some_path, without)
 from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device,
                   test_graphs)
@@ -41,7 +41,7 @@ PRESETS = {
 }
 CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
 SOLVED = 0.7       # the share from which the learning rate is brought down
-QUICK_TEST = 1000  # test graphs of an evaluation on the way; the whole set decides if a run is solved
+QUICK_TEST = 500   # test graphs of an evaluation on the way; the whole set decides if a run is solved
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def default_folder(given, settings):
     extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
     preset = [] if settings["preset"] == "quick" else [settings["preset"]]
     graph = f"G{settings['deg']},{settings['path_len']}-N{settings['num_nodes']}"
-    parts = [settings["model"], objective(settings).replace(" ", "_"), graph, *preset, *extra]
+    parts = [settings["model"], objective(settings | {"ahead": 0}).replace(" ", "_"), graph, *preset, *extra]
     return Path("out", "-".join([*parts, f"seed{settings['seed']}"]))
 
 
@@ -455,14 +455,16 @@ class Run:
             self.hits.zero_()
 
     def evaluate(self):
-        """Measure the model, on all test graphs if perhaps solved or at its end -> a log line (dict)."""
-        teacherless, size = self.settings["teacherless"], self.settings["batch_size"]
-        measure = lambda graphs: evaluate(self.model, self.task, graphs, teacherless, size)
-        graphs = Graphs(*(x[:QUICK_TEST] for x in self.test))
+        """Measure the model -> a log line (dict): on all test graphs at its end, and if it may be solved."""
+        teacherless, size, stop_at = (self.settings[s] for s in ("teacherless", "batch_size", "stop_at"))
+
+        def enough(seen, wrong):
+            """Whether these graphs do: one more wrong than in a solved run may yet be chance, two not."""
+            hopeless = not stop_at or wrong > (1 - stop_at) * seen + 1
+            return seen >= QUICK_TEST and hopeless and not self.at_end()
+
         with self.autocast():
-            result = measure(graphs)
-            if self.at_end() or self.solved(result):
-                result, graphs = measure(self.test), self.test
+            result = evaluate(self.model, self.task, self.test, teacherless, size, enough)
         if not math.isfinite(result["loss"]):
             raise FloatingPointError(f"the weights gave a loss of {result['loss']} after step {self.step}")
         since = self.step - (self.log[-1]["step"] if self.log else 0)
@@ -470,7 +472,7 @@ class Run:
         line = dict(step=self.step, samples=self.step * size, loss=self.loss_sum.item() / since,
                     accuracy=result["accuracy"], token_accuracy=result["token_accuracy"],
                     seconds=round(self.seconds, 1), lr=lr, test_loss=result["loss"],
-                    test_graphs=len(graphs.target))
+                    test_graphs=result["test_graphs"])
         line |= {k: v for k, v in result.items() if k in ("clever_hans", "follows")}
         self.loss_sum.zero_()
         self.log.append(line)
@@ -492,7 +494,7 @@ def describe(run, folder):
     """What a run will do, in two lines."""
     s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
     data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
-    ahead = f" with look-ahead {s['ahead']:g}" if s["ahead"] else ""
+    ahead = f" (--ahead {s['ahead']:g})" if s["ahead"] else ""
     yield (f"{run.task}: {s['model']}, {objective(s)}{ahead}, {parameters:,} parameters, {s['optimizer']}, "
            f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; "
            f"chance 1/d = {percent(1 / s['deg'])} %")
