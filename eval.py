@@ -33,8 +33,9 @@ PAPER = {
 def objective(settings):
     names = {(False, False): "standard", (True, False): "teacherless",
              (False, True): "reverse", (True, True): "teacherless reverse"}
-    other = settings["ahead"] and not settings["teacherless"]  # another objective than the paper's
-    return names[settings["teacherless"], settings["reverse"]] + (" + look-ahead" if other else "")
+    extras = [] if settings["teacherless"] else [  # they make it another objective than the paper's
+        extra for name, extra in (("ahead", " + look-ahead"), ("deep", " + deep")) if settings.get(name)]
+    return "".join([names[settings["teacherless"], settings["reverse"]], *extras])
 
 
 def paper_accuracy(settings, name):

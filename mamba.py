@@ -301,12 +301,11 @@ class Mamba(nn.Module):
     def layers(self):
         return self.backbone.layers
 
-    def features(self, idx):
-        """Token ids (b, l) -> what the head reads, (b, l, d_model)."""
+    def features(self, idx, every=False):
+        """Token ids (b, l) -> what the head reads, (b, l, d_model); `every`: behind each layer, a stack."""
         x = self.backbone.embedding(idx)
-        for layer in self.layers():
-            x = layer(x)
-        return self.backbone.norm_f(x)
+        outputs = [x := layer(x) for layer in self.layers()]
+        return self.backbone.norm_f(torch.stack(outputs) if every else x)
 
     def head(self, x):
         return F.linear(x, self.backbone.embedding.weight)

@@ -109,12 +109,11 @@ class GPT(nn.Module):
     def layers(self):
         return self.h
 
-    def features(self, idx):
-        """Token ids (b, t) -> what the head reads, (b, t, n_embd)."""
+    def features(self, idx, every=False):
+        """Token ids (b, t) -> what the head reads, (b, t, n_embd); `every`: behind each layer, a stack."""
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]
-        for block in self.layers():
-            x = block(x)
-        return self.ln_f(x)
+        outputs = [x := block(x) for block in self.layers()]
+        return self.ln_f(torch.stack(outputs) if every else x)
 
     def head(self, x):
         return F.linear(x, self.wte.weight)

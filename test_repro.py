@@ -590,6 +590,30 @@ def test_look_ahead_scores_each_later_node_by_the_map_of_its_distance():
     assert run.model.state_dict().keys() == new_run(teacherless=True).model.state_dict().keys()
 
 
+@BOTH_MODELS
+def test_deep_takes_both_losses_behind_every_layer(model):
+    """Each layer's output is that of the model cut off there; the gradient is that of the mean."""
+    run = new_run(model=model, teacherless=True, ahead=0.5, deep=True, num_nodes=6)
+    for _ in range(40):  # until some graphs are answered right
+        run.train_step()
+    run.optimizers = []  # nothing moves, the gradients stay
+    run.hits.zero_()
+    (prefix, target), l, total = run.batches(run.step), run.task.target_len, 0
+    for depth in range(1, TINY["n_layer"] + 1):
+        cut = copy.copy(run.model)
+        cut.layers = lambda: list(run.model.layers())[:depth]
+        x = cut.features(inputs(run.task, prefix, target, True))[:, -l:]
+        logits = run.model.head(x)
+        total += F.cross_entropy(logits.transpose(1, 2), target) + run.look_ahead(x, target)
+        hits = (logits.argmax(-1) == target).all(1).sum()
+    parameters = [*run.model.parameters(), *run.ahead.parameters()]
+    want = torch.autograd.grad(total / TINY["n_layer"], parameters)
+    run.train_step()
+    for p, gradient in zip(parameters, want, strict=True):
+        assert_close(p.grad, gradient, 1e-5)
+    assert run.hits == hits > 0
+
+
 def test_the_look_ahead_is_of_teacherless_training_unless_asked_for():
     """The quick preset's standard and reverse cells are the paper's objective; --ahead brings it to them."""
     for given, ahead in ((dict(teacherless=True), 1), ({}, 0), (dict(reverse=True), 0), (dict(ahead=0.5), 0.5),
@@ -940,6 +964,7 @@ def test_rows_that_were_kept_give_the_same_table(tmp_path, monkeypatch, capfd, a
 def test_a_run_is_compared_with_the_papers_figure_for_its_own_objective(tmp_path):
     """The look-ahead makes of teacher forcing another objective; no figure may count it as standard."""
     for given, name, paper in (({}, "standard", 0.5), (dict(ahead=1.0), "standard + look-ahead", None),
+                               (dict(deep=True), "standard + deep", None),
                                (dict(ahead=1.0, teacherless=True), "teacherless", 1.0)):
         trained(tmp_path / name, path_len=5, max_steps=1, cooldown=0, **given)
         row = evaluation.measure(tmp_path / name, "cpu")

@@ -61,6 +61,7 @@ def flags():
         "ahead": (None, real(0, 100),
                   "weight of a second loss: each answer position also predicts the nodes after its own; "
                   "0, as without --teacherless unless given: the paper's objective"),
+        "deep": (False, switch, "take both losses behind every layer, not the last alone"),
         "deg": (2, whole(1, 10_000), "arms of the graph, d"),
         "path_len": (5, whole(2, 10_000), "nodes of the path, l"),
         "num_nodes": (50, whole(2, 10_000), "node values, N"),
@@ -142,7 +143,7 @@ def default_folder(given, settings):
     extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
     preset = [] if settings["preset"] == "quick" else [settings["preset"]]
     graph = f"G{settings['deg']},{settings['path_len']}-N{settings['num_nodes']}"
-    parts = [settings["model"], objective(settings | {"ahead": 0}).replace(" ", "_"), graph, *preset, *extra]
+    parts = [settings["model"], objective(settings | dict(ahead=0, deep=0)).replace(" ", "_"), graph, *preset, *extra]
     return Path("out", "-".join([*parts, f"seed{settings['seed']}"]))
 
 
@@ -405,25 +406,27 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def look_ahead(self, x, target):
-        """The loss of what each answer position says of the nodes after its own: x (b, l, d), target (b, l).
+        """The loss of what each answer position says of the nodes after its own: x (..., l, d),
+        target (..., l).
 
         A node that is found in several look-ups from the goal needs those between at its own position,
         where they are no answers: this keeps them there (multi-token prediction, Gloeckle et al. 2024).
         """
         l = self.task.target_len
         i, j = torch.triu_indices(l, l, 1, device=x.device)  # a position, and each one after it
-        x = self.ahead(x).unflatten(-1, (l - 1, -1))          # (b, l, distance - 1, d)
-        logits = self.model.head(x[:, i, j - i - 1]).float()
-        return self.settings["ahead"] * F.cross_entropy(logits.flatten(0, 1), target[:, j].flatten())
+        x = self.ahead(x).unflatten(-1, (l - 1, -1))          # (..., l, distance - 1, d)
+        logits = self.model.head(x[..., i, j - i - 1, :]).float()
+        return self.settings["ahead"] * F.cross_entropy(logits.flatten(0, -2), target[..., j].flatten())
 
     def train_step(self):
         """One step of gradient descent on the batch of this step. Nothing in it waits for the device."""
         prefix, target = self.batches(self.step)
         with self.autocast():
-            x = self.model.features(inputs(self.task, prefix, target, self.settings["teacherless"]))
-            x = x[:, -self.task.target_len:]
+            fed = inputs(self.task, prefix, target, self.settings["teacherless"])
+            x = self.model.features(fed, self.settings["deep"])[..., -self.task.target_len:, :]
             logits = self.model.head(x).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            target = target.expand(logits.shape[:-1])  # --deep: the same behind every layer
+            loss = F.cross_entropy(logits.flatten(0, -2), target.flatten())
             ahead = self.look_ahead(x, target) if self.settings["ahead"] else 0
         (loss + ahead).backward()
         share = rate(self.step, self.settings, self.solved_at)
@@ -434,7 +437,8 @@ class Run:
             optimizer.zero_grad()
         self.losses[self.step % CHECK_EVERY] = loss.detach()
         self.loss_sum += loss.detach()
-        self.hits += (logits.argmax(-1) == target).all(1).sum()
+        right = (logits.argmax(-1) == target).all(-1)
+        self.hits += right.view(-1, len(prefix))[-1].sum()  # of the last layer
         self.step += 1
         if self.step % CHECK_EVERY == 0:
             self.check()
@@ -494,7 +498,7 @@ def describe(run, folder):
     """What a run will do, in two lines."""
     s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
     data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
-    ahead = f" (--ahead {s['ahead']:g})" if s["ahead"] else ""
+    ahead = f" (--ahead {s['ahead']:g}{' --deep' * s['deep']})" if s["ahead"] else ""
     yield (f"{run.task}: {s['model']}, {objective(s)}{ahead}, {parameters:,} parameters, {s['optimizer']}, "
            f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; "
            f"chance 1/d = {percent(1 / s['deg'])} %")
