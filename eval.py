@@ -2,6 +2,7 @@
 
     python eval.py out/RUN [out/RUN ...]          # the table, beside the paper's figures
     python eval.py out/RUN --show 4               # test graphs with the model's answer, right and wrong
+    python eval.py out/RUN --layers               # what the head reads behind each layer
     python eval.py out/RUN ... --plot curves.png  # accuracy against samples seen (needs matplotlib)
     python eval.py out/* --json > runs.jsonl      # rows to keep; eval.py reads them in place of folders
 
@@ -235,12 +236,17 @@ def table(rows):
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
 
 
-def show(folder, device, k, test_file=None):
-    """k test graphs with the model's own answer (generated), the wrong ones first if there are any."""
+def load_examples(folder, device, test_file=None):
+    """model, task, teacherless, and the prefixes and targets of 1,000 test graphs, on the device."""
     settings, _, task, model = load_model(folder, device)
     graphs = test_graphs(settings, task, test_file)
-    prefix, target = graphs.prefix[:1000].to(device), graphs.target[:1000].to(device)
-    answer = generate(model, task, prefix, settings["teacherless"])
+    return model, task, settings["teacherless"], *(x[:1000].to(device) for x in graphs[:2])
+
+
+def show(folder, device, k, test_file=None):
+    """k test graphs with the model's own answer (generated), the wrong ones first if there are any."""
+    model, task, teacherless, prefix, target = load_examples(folder, device, test_file)
+    answer = generate(model, task, prefix, teacherless)
     right = (answer == target).all(1)
     wrong, correct = (~right).nonzero()[:, 0].tolist(), right.nonzero()[:, 0].tolist()
     chosen = wrong[:max((k + 1) // 2, k - len(correct))] + correct
@@ -249,6 +255,16 @@ def show(folder, device, k, test_file=None):
         text = task.decode(prefix[i], target[i])
         said = ",".join(map(str, (answer[i].flip(0) if task.reverse else answer[i]).tolist()))
         yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said}"
+
+
+@torch.no_grad()
+def read_layers(folder, device, test_file=None):
+    """Accuracy of each token, as the head reads it behind each layer: where in the model it is found."""
+    model, task, teacherless, prefix, target = load_examples(folder, device, test_file)
+    x = model.features(inputs(task, prefix, target, teacherless), every=True)
+    right = model.head(x[:, :, -task.target_len:]).argmax(-1) == target
+    for layer, tokens in enumerate(right.float().mean(1).tolist(), 1):
+        yield f"{folder}: layer {layer:2}: tokens % {' '.join(map(percent, tokens))}"
 
 
 def read_log(folder):
@@ -347,6 +363,8 @@ def main(argv=None):
                         help="a run's folder, or a .jsonl file of what --json printed for some")
     parser.add_argument("--show", type=number(int, 1, 1000), metavar="K",
                         help="print K test graphs with the model's answer")
+    parser.add_argument("--layers", action="store_true",
+                        help="print what the head reads behind each layer: accuracy of each token")
     parser.add_argument("--test_file", type=some_path, metavar="FILE",
                         help="evaluate on this file of official text")
     parser.add_argument("--n_test", type=number(int, 1, 10**8), metavar="N",
@@ -365,8 +383,8 @@ def main(argv=None):
         if args.plot or args.bars:
             pyplot()
         kept = [run for run in args.runs if run.endswith(".jsonl")]
-        if kept and (args.test_file or args.n_test or args.show or args.plot):
-            raise UserError(f"{kept[0]}: --test_file, --n_test, --show and --plot need a run's folder")
+        if kept and (args.test_file or args.n_test or args.show or args.layers or args.plot):
+            raise UserError(f"{kept[0]}: all but the table, --json and --bars need a run's folder")
         if args.plot:
             plot_curves(args.runs, args.plot)
         rows = []
@@ -375,6 +393,8 @@ def main(argv=None):
         if args.bars:
             plot_bars(rows, args.bars)
         print(*([json.dumps(row) for row in rows] if args.json else table(rows)), sep="\n")
+        for folder in args.runs if args.layers else []:
+            print("", *read_layers(folder, device, args.test_file), sep="\n")
         for folder in args.runs if args.show else []:
             print("", *show(folder, device, args.show, args.test_file), sep="\n")
     except (UserError, OSError) as error:

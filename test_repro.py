@@ -730,8 +730,11 @@ def test_the_scripts_run_one_after_the_other(tmp_path):
     assert "40 unseen graphs" in shell(tmp_path, "train.py", *argv)
     (run,) = (tmp_path / "out").iterdir()  # the folder's default name
     line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    output = shell(tmp_path, "eval.py", run, "--json", "--show", 2).splitlines()
+    output = shell(tmp_path, "eval.py", run, "--json", "--show", 2, "--layers").splitlines()
     assert json.loads(output[0])["accuracy"] == line["accuracy"] and line["test_graphs"] == 40
+    layers = [text.split(": ") for text in output if ": layer" in text]
+    assert len(layers) == TINY["n_layer"] and layers[0][2] != layers[-1][2]
+    assert layers[-1][2] == "tokens % " + " ".join(map(evaluation.percent, line["token_accuracy"]))
     assert sum(text.startswith(("right  ", "WRONG  ")) for text in output) == 2
 
 
