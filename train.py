@@ -498,8 +498,8 @@ def describe(run, folder):
     """What a run will do, in two lines."""
     s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
     data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
-    ahead = f" (--ahead {s['ahead']:g}{' --deep' * s['deep']})" if s["ahead"] else ""
-    yield (f"{run.task}: {s['model']}, {objective(s)}{ahead}, {parameters:,} parameters, {s['optimizer']}, "
+    extra = f" --ahead {s['ahead']:g}" * bool(s["ahead"]) + " --deep" * s["deep"]
+    yield (f"{run.task}: {s['model']}, {objective(s)}{extra}, {parameters:,} parameters, {s['optimizer']}, "
            f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; "
            f"chance 1/d = {percent(1 / s['deg'])} %")
     yield (f"{run.device.type}, {str(run.dtype)[6:]}, {'compiled' if s['compile'] else 'not compiled'}, "
