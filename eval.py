@@ -34,9 +34,13 @@ PAPER = {
 def objective(settings):
     names = {(False, False): "standard", (True, False): "teacherless",
              (False, True): "reverse", (True, True): "teacherless reverse"}
-    extras = [] if settings["teacherless"] else [  # they make it another objective than the paper's
-        extra for name, extra in (("ahead", " + look-ahead"), ("deep", " + deep")) if settings.get(name)]
-    return "".join([names[settings["teacherless"], settings["reverse"]], *extras])
+    return names[settings["teacherless"], settings["reverse"]]
+
+
+def full_objective(settings):
+    """`objective`, and the losses that without teacherless inputs make it another one than the paper's."""
+    extras = (("ahead", " + look-ahead"), ("deep", " + deep")) if not settings["teacherless"] else ()
+    return objective(settings) + "".join(extra for name, extra in extras if settings.get(name))
 
 
 def paper_accuracy(settings, name):
@@ -66,9 +70,10 @@ def predict(model, task, prefix, target, teacherless, batch_size, enough=None):
         logits = model(x)[:rows, -task.target_len:].float()
         answers.append(logits.argmax(-1).cpu())
         losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu())
-        wrong += (answers[-1] != target[i:i + rows]).any(1).sum().item()
-        if enough and enough(i + rows, wrong):
-            break
+        if enough:
+            wrong += (answers[-1] != target[i:i + rows]).any(1).sum().item()
+            if enough(i + rows, wrong):
+                break
     return torch.cat(answers), torch.cat(losses)
 
 
@@ -187,7 +192,7 @@ def measure(folder, device, test_file=None, n_test=None):
     result = evaluate(model, task, graphs, settings["teacherless"])
     first_node = result["token_accuracy"][-2 if task.reverse else 1]
     samples = checkpoint["step"] * settings["batch_size"]
-    name = objective(settings)
+    name = full_objective(settings)
     return dict(run=str(folder), model=settings["model"], objective=name, task=str(task),
                 seed=settings["seed"], step=checkpoint["step"], samples=samples,
                 seconds=checkpoint["seconds"], first_node=first_node, chance=1 / task.deg,
@@ -303,7 +308,7 @@ def plot_curves(folders, file):
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for folder in folders:
         settings, log = load_run(folder)[0], read_log(folder)
-        samples, name = [line["samples"] for line in log], f"{settings['model']}, {objective(settings)}"
+        samples, name = [line["samples"] for line in log], f"{settings['model']}, {full_objective(settings)}"
         exact = [100 * line["accuracy"] for line in log]
         if len(folders) > 1:
             axes.plot(samples, exact, label=Path(folder).name)

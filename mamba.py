@@ -304,7 +304,11 @@ class Mamba(nn.Module):
     def features(self, idx, every=False):
         """Token ids (b, l) -> what the head reads, (b, l, d_model); `every`: behind each layer, a stack."""
         x = self.backbone.embedding(idx)
-        outputs = [x := layer(x) for layer in self.layers()]
+        outputs = []
+        for layer in self.layers():
+            x = layer(x)
+            if every:
+                outputs.append(x)
         return self.backbone.norm_f(torch.stack(outputs) if every else x)
 
     def head(self, x):

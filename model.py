@@ -112,7 +112,11 @@ class GPT(nn.Module):
     def features(self, idx, every=False):
         """Token ids (b, t) -> what the head reads, (b, t, n_embd); `every`: behind each layer, a stack."""
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]
-        outputs = [x := block(x) for block in self.layers()]
+        outputs = []
+        for block in self.layers():
+            x = block(x)
+            if every:
+                outputs.append(x)
         return self.ln_f(torch.stack(outputs) if every else x)
 
     def head(self, x):

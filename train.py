@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import mamba
 from data import (Batches, Parser, UserError, identities, inputs, number, sample_train_set,
                   some_path, without)
-from eval import (FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device,
-                  test_graphs)
+from eval import (FREE, build, evaluate, full_objective, load_flag, load_run, objective, percent,
+                  pick_device, test_graphs)
 
 PRESETS = {
     # minutes on two CPU cores: one recipe for every objective; a dict holds what differs between models
@@ -143,7 +143,7 @@ def default_folder(given, settings):
     extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
     preset = [] if settings["preset"] == "quick" else [settings["preset"]]
     graph = f"G{settings['deg']},{settings['path_len']}-N{settings['num_nodes']}"
-    parts = [settings["model"], objective(settings | dict(ahead=0, deep=0)).replace(" ", "_"), graph, *preset, *extra]
+    parts = [settings["model"], objective(settings).replace(" ", "_"), graph, *preset, *extra]
     return Path("out", "-".join([*parts, f"seed{settings['seed']}"]))
 
 
@@ -485,13 +485,11 @@ class Run:
     def at_end(self):
         return self.step >= last_step(self.settings, self.solved_at)
 
-    def solved(self, result):
-        return 0 < self.settings["stop_at"] <= result["accuracy"]
-
     def finished(self):
         """At the end, or solved as the whole test set says (a run has been evaluated when this is asked)."""
         last = self.log[-1]
-        return self.at_end() or self.solved(last) and last["test_graphs"] == len(self.test.target)
+        solved = 0 < self.settings["stop_at"] <= last["accuracy"]
+        return self.at_end() or solved and last["test_graphs"] == len(self.test.target)
 
 
 def describe(run, folder):
@@ -499,8 +497,8 @@ def describe(run, folder):
     s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
     data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
     extra = f" --ahead {s['ahead']:g}" * bool(s["ahead"]) + " --deep" * s["deep"]
-    yield (f"{run.task}: {s['model']}, {objective(s)}{extra}, {parameters:,} parameters, {s['optimizer']}, "
-           f"{s['train_file'] or data}, {len(run.test.target):,} test graphs; "
+    yield (f"{run.task}: {s['model']}, {full_objective(s)}{extra}, {parameters:,} parameters, "
+           f"{s['optimizer']}, {s['train_file'] or data}, {len(run.test.target):,} test graphs; "
            f"chance 1/d = {percent(1 / s['deg'])} %")
     yield (f"{run.device.type}, {str(run.dtype)[6:]}, {'compiled' if s['compile'] else 'not compiled'}, "
            f"at most {s['max_steps']:,} steps of {s['batch_size']} graphs; into {folder}")
