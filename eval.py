@@ -60,19 +60,19 @@ def predict(model, task, prefix, target, teacherless, batch_size, enough=None):
 
     enough(seen, wrong), asked after each batch, ends it early: then there are `seen` rows.
     """
-    device, answers, losses = next(model.parameters()).device, [], []
-    fed, wrong = inputs(task, prefix, target, teacherless), 0
-    for i in range(0, len(fed), batch_size):
-        x, y = fed[i:i + batch_size].to(device), target[i:i + batch_size].to(device)
-        rows = len(x)
-        if rows < batch_size < len(fed):  # one shape for all batches: a compiled model compiles once
-            x = torch.cat([x, fed[:batch_size - rows].to(device)])
-        logits = model(x)[:rows, -task.target_len:].float()
+    device, n, wrong, answers, losses = next(model.parameters()).device, len(target), 0, [], []
+    for i in range(0, n, batch_size):
+        y = target[i:i + batch_size].to(device)
+        x = inputs(task, prefix[i:i + batch_size].to(device), y, teacherless)
+        if len(x) < batch_size < n:  # one shape for all batches: a compiled model compiles once
+            x = torch.cat([x, x[:1].expand(batch_size - len(x), -1)])
+        logits = model(x)[:len(y), -task.target_len:].float()
         answers.append(logits.argmax(-1).cpu())
         losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu())
         if enough:
-            wrong += (answers[-1] != target[i:i + rows]).any(1).sum().item()
-            if enough(i + rows, wrong):
+            seen = i + len(y)
+            wrong += (answers[-1] != target[i:seen]).any(1).sum().item()
+            if enough(seen, wrong):
                 break
     return torch.cat(answers), torch.cat(losses)
 
