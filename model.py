@@ -161,11 +161,12 @@ def generate(model, task, prefix, teacherless):
 
 
 def step_function(model, x, y):
-    """A training step as a function without arguments: forward, backward, AdamW."""
+    """A training step as a function without arguments: forward, the loss of the answer y, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        logits = model.head(model.features(x)[:, -y.shape[1]:])
+        F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
@@ -202,10 +203,11 @@ def time_step(model, task, batch_size, inner):
     graphs = task.sample(batch_size, random_stream(0, device=device))
     x = inputs(task, graphs.prefix, graphs.target, True)
     products = linear_products(model, x.numel())
-    eager = median_ms(step_function(model, x, x))
+    step = step_function(model, x, graphs.target)
+    eager = median_ms(step)
     for layer in model.layers():
         layer.compile(dynamic=False)
-    compiled, bare = median_ms(step_function(model, x, x)), median_ms(lambda: (products(), inner()))
+    compiled, bare = median_ms(step), median_ms(lambda: (products(), inner()))
     width = getattr(config, "n_embd", None) or config.d_model
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; "
