@@ -42,7 +42,7 @@ def causal_attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # on a CPU, this short, plain products take a tenth off a training step; at length 128 they add a fifth
     # (q is scaled, not the product: that is a pattern in which Inductor puts the library's kernel back)
-    mask = torch.full((t, t), -math.inf).triu(1)
+    mask = q.new_full((t, t), -math.inf).triu(1)
     return ((q / math.sqrt(d)) @ k.mT + mask).softmax(-1) @ v
 
 
