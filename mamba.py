@@ -8,6 +8,7 @@ Parameter names are those of the reference implementation (state-spaces/mamba), 
 """
 import math
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -359,19 +360,22 @@ def forward_and_gradients(function, arguments):
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"selective scan, forward and backward, ms (medians of 15; {device}, fp32)\n"
-          "(b, l, d, n)              one exp pass   loop   scan   scan/exp   loop/scan   largest difference")
+          "(b, l, d, n)              compile, s   one exp pass   loop   scan   scan/exp   loop/scan   "
+          "largest difference")
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
     compiled = torch.compile(selective_scan, dynamic=False)  # as in a compiled model
     for shape in ((64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)):
         arguments = example(*shape, device)
-        pairs = zip(forward_and_gradients(compiled, arguments),
-                    forward_and_gradients(selective_scan_ref, arguments))
+        begin = time.perf_counter()
+        got = forward_and_gradients(compiled, arguments)  # the first call compiles
+        seconds = time.perf_counter() - begin
+        pairs = zip(got, forward_and_gradients(selective_scan_ref, arguments))
         difference = max((x - y).abs().max() / y.abs().max() for x, y in pairs)
         x, y = torch.randn(2, *shape, device=device)
         bare = median_ms(lambda: torch.exp(x, out=y))  # into memory that is there: no page faults
         loop = median_ms(lambda: forward_and_gradients(selective_scan_ref, arguments))
         fast = median_ms(lambda: forward_and_gradients(compiled, arguments))
-        print(f"{str(shape):<25}{bare:13.1f}{loop:7.0f}{fast:7.1f}"
+        print(f"{str(shape):<25}{seconds:11.1f}{bare:15.1f}{loop:7.0f}{fast:7.1f}"
               f"{fast / bare:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
 
     task, batch_size = PathStar(2, 5, 50), 64
