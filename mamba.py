@@ -42,7 +42,7 @@ def selective_scan_ref(u, delta, A, B, C, D):
 # Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE
 # kernel, which keeps the state h in registers and writes nothing of size (b, l, d, n). On a GPU longer
 # chunks spill, and shorter ones move the state more often; on a CPU 16 steps are no faster than 8, and
-# take three times as long to compile.
+# take far longer to compile.
 CHUNK = dict(cpu=8, cuda=16)
 
 
@@ -82,11 +82,11 @@ def chunk_forward(x, delta, A, B, C, h):
 # axis only: over the states n (for x and delta), or over the channels d (for B and C).
 
 
-def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
-    """Gradients that sum over n -> dx, ddelta (b, T, d), dA and dh of the state before (b, d, n)."""
+def chunk_backward_n(x, delta, A, B, C, h, dy, dh, dA):
+    """Gradients that sum over n -> dx, ddelta (b, T, d), dh of the state before and dA so far (b, d, n)."""
     x, delta, dy, B, C = x[..., None], delta[..., None], dy[..., None], B[:, :, None], C[:, :, None]
     h, decay = walk(x, delta, A, B, h)
-    dx, ddelta, dA = [], [], torch.zeros_like(dh)
+    dx, ddelta = [], []
     for t in reversed(range(x.shape[1])):
         dh = dh + dy[:, t] * C[:, t]
         dx.append((dh * B[:, t]).sum(2))
@@ -94,7 +94,7 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
         dlog = dh * h[t]  # gradient of delta_t A, the logarithm of the decay
         ddelta.append((dlog * A).sum(2))
         dA = dA + dlog * delta[:, t]
-    return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
+    return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dh, dA
 
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
@@ -118,20 +118,23 @@ def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
 class Kernel:
     """A chunk function, compiled at its first call; where there is no compiler, run as it is."""
     enabled = True  # train.py --no-compile clears it
-    # Beyond certain counts Inductor stores a value that others need, or stops fusing: never here.
-    ONE_KERNEL = dict.fromkeys(("max_fusion_size", "cpp.max_horizontal_fusion_size",
-                                "realize_opcount_threshold", "realize_reads_threshold",
-                                "realize_acc_reads_threshold"), 10**6)
+    # Beyond these counts Inductor stops fusing: never here.
+    FUSE = dict.fromkeys(("max_fusion_size", "cpp.max_horizontal_fusion_size"), 10**6)
+    # Beyond these it stores a value that several others need, where it can in a few vectors of the kernel's
+    # own. With INLINE it never does, and each output repeats all that leads to it: compiling then takes
+    # the square of the time.
+    INLINE = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
+                            "realize_acc_reads_threshold"), 10**6)
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, options=FUSE):
+        self.function, self.options = function, options
         self.compiled = None
 
     def __call__(self, *tensors):
         if Kernel.enabled:
             try:
                 if self.compiled is None:  # importing the compiler takes seconds: not before it is needed
-                    self.compiled = torch.compile(self.function, dynamic=False, options=self.ONE_KERNEL)
+                    self.compiled = torch.compile(self.function, dynamic=False, options=self.options)
                 return self.compiled(*tensors)
             except Exception as error:  # what the compiler raises differs by back end
                 Kernel.enabled = False
@@ -142,7 +145,8 @@ class Kernel:
 
 forward_kernel = Kernel(chunk_forward)
 backward_n_kernel = Kernel(chunk_backward_n)
-backward_d_kernel = Kernel(chunk_backward_d)
+# for its sums over channels a CPU would store every state, and take half as long again
+backward_d_kernel = Kernel(chunk_backward_d, Kernel.FUSE | Kernel.INLINE)
 
 
 def chunks(n_chunks, *tensors):
@@ -153,8 +157,8 @@ def chunks(n_chunks, *tensors):
 # An operator, so that a compiled model calls the scan instead of tracing through its loops.
 @torch.library.custom_op("pitfalls::scan", mutates_args=())
 def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-         n_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk (n_chunks, b, d, n).
+         n_chunks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk, (b, d, n).
 
     The length l is a multiple of n_chunks.
     """
@@ -164,29 +168,28 @@ def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
         starts.append(h)
         y_t, h = forward_kernel(x_t, delta_t, A, B_t, C_t, h)
         y.append(y_t)
-    return torch.cat(y, dim=1), torch.stack(starts)
+    return torch.cat(y, dim=1), starts
 
 
 @torch.library.custom_op("pitfalls::scan_backward", mutates_args=())
 def scan_backward(dy: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-                  C: torch.Tensor, starts: torch.Tensor
+                  C: torch.Tensor, starts: list[torch.Tensor]
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, delta, A, B, C from that of y."""
-    dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(A)
+    dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(starts[0])
     grads = []
     parts = zip(chunks(len(starts), dy, x, delta, B, C), starts)
     for (dy_t, x_t, delta_t, B_t, C_t), h in reversed(list(parts)):
         inputs = (x_t, delta_t, A, B_t, C_t, h, dy_t, dh)
-        dx, ddelta, dA_t, dh = backward_n_kernel(*inputs)
+        dx, ddelta, dh, dA = backward_n_kernel(*inputs, dA)
         grads.append((dx, ddelta, *backward_d_kernel(*inputs)))
-        dA += dA_t.sum(0)
     dx, ddelta, dB, dC = (torch.cat(g[::-1], dim=1) for g in zip(*grads))
-    return dx, ddelta, dA, dB, dC
+    return dx, ddelta, dA.sum(0), dB, dC
 
 
 @scan.register_fake
 def _(x, delta, A, B, C, n_chunks):
-    return torch.empty_like(x), x.new_empty(n_chunks, x.shape[0], *A.shape)
+    return torch.empty_like(x), [x.new_empty(x.shape[0], *A.shape) for _ in range(n_chunks)]
 
 
 @scan_backward.register_fake
@@ -195,8 +198,8 @@ def _(dy, x, delta, A, B, C, starts):
 
 
 scan.register_autograd(
-    lambda ctx, dy, _: (*scan_backward(dy.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], output[1]))
+    lambda ctx, dy, _: (*scan_backward(dy.contiguous(), *ctx.saved_tensors[:5], ctx.saved_tensors[5:]), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], *output[1]))
 
 
 def at_least_fp32(x):
