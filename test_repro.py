@@ -554,6 +554,25 @@ def test_parameter_groups_are_disjoint_and_complete(model, optimizer):
     assert sorted(seen) == sorted(map(id, net.parameters()))
 
 
+def test_muon_in_batches_is_torchs():
+    """Tall, wide and square matrices, two of each and one alone, with weight decay and a rate that changes."""
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in ((24, 8), (8, 24), (24, 8), (8, 8), (8, 24), (8, 8), (5, 7))]
+    moved = []
+    for kind in (torch.optim.Muon, train.Muon):
+        torch.manual_seed(1)
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = kind(params, weight_decay=0.1)
+        for lr in (0.1, 0.2, 0.05):
+            optimizer.param_groups[0]["lr"] = lr
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        moved.append([p.detach() - p_0 for p, p_0 in zip(params, start)])
+    for want, got in zip(*moved):
+        assert (want - got).norm() < 0.01 * want.norm()  # both compute in bfloat16
+
+
 def test_rate_warms_up_stays_and_falls_to_zero_after_the_task_is_solved():
     """rate(): the schedule, by hand."""
     settings = dict(warmup=10, max_steps=100, cooldown=20)

@@ -171,13 +171,49 @@ def parameter_groups(model):
     return groups
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with all matrices of one shape as one batch: one by one, a Mamba's 33 small ones
+    are 759 operations in place of 100, a tenth of its step on a CPU, and launches on a GPU."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            batches = {}
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                batches.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in batches.items():
+                grads = [p.grad for p in params]
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                update = self.orthogonal(torch.stack(nesterov), group).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                torch._foreach_add_(params, update.unbind(), alpha=-lr)
+
+    @staticmethod
+    def orthogonal(x, group):
+        """x (k, rows, columns) -> about the nearest matrices with orthonormal rows or columns, bfloat16:
+        Newton-Schulz iteration on the side that is shorter."""
+        a, b, c = group["ns_coefficients"]
+        tall = x.shape[1] > x.shape[2]
+        x = (x.mT if tall else x).bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
 def make_optimizers(model, settings):
     """The optimisers of a run; `base_lr` in each group is its rate before the schedule."""
     matrices, rest = (list(group.values()) for group in parameter_groups(model).values())
     adamw = [dict(params=rest, lr=settings["lr"], weight_decay=0.0)]
     optimizers = []
     if settings["optimizer"] == "muon":
-        muon = torch.optim.Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
+        muon = Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
         optimizers.append(muon)
     else:
         adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
