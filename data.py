@@ -281,16 +281,18 @@ def draw(task, graph):
         yield f"{start:>6} -> " + " -> ".join(f"{v:2}" for v in arm) + mark
 
 
-def median_ms(function, repeats=15):
-    """Median time of a call in milliseconds, after one call to warm up."""
-    times = []
+def median_ms(*functions, repeats=15):
+    """Median times of a call of each function in milliseconds, after one call each to warm up; called in
+    turn, so that a machine that slows down does so for all of them."""
+    times = [[] for _ in functions]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+        for function, its_times in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            its_times.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(its_times[1:]) for its_times in times]
 
 
 def main():
@@ -328,11 +330,11 @@ def main():
 
     fixed = Batches(task, 64, 0, "cpu", task.sample(10_000, stream))
     fresh = Batches(task, 64, 0, "cpu")
-    print("\nmedian of 5, ms")
+    print("\nmedian of 15, ms")
     for name, function in (("10,000 graphs, sampled", lambda: task.sample(10_000, stream)),
                            ("a batch of 64, fresh", lambda: fresh(1)),
                            ("a batch of 64, fixed set", lambda: fixed(1))):
-        print(f"{name:<26}{median_ms(function):7.2f}")
+        print(f"{name:<26}{median_ms(function)[0]:7.2f}")
 
 
 if __name__ == "__main__":

@@ -204,10 +204,10 @@ def time_step(model, task, batch_size, inner):
     x = inputs(task, graphs.prefix, graphs.target, True)
     products = linear_products(model, x.numel())
     step = step_function(model, x, graphs.target)
-    eager = median_ms(step)
+    eager, = median_ms(step)
     for layer in model.layers():
         layer.compile(dynamic=False)
-    compiled, bare = median_ms(step), median_ms(lambda: (products(), inner()))
+    compiled, bare = median_ms(step, lambda: (products(), inner()))
     width = getattr(config, "n_embd", None) or config.d_model
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config.n_layer} layers x {width}, batch {batch_size}: {parameters:,} parameters; "
