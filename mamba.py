@@ -197,8 +197,13 @@ def _(dy, x, delta, A, B, C, starts):
     return tuple(torch.empty_like(g) for g in (x, delta, A, B, C))
 
 
+def scan_autograd(ctx, dy, _):
+    x, delta, A, B, C, *starts = ctx.saved_tensors
+    return *scan_backward(dy.contiguous(), x, delta, A, B, C, starts), None
+
+
 scan.register_autograd(
-    lambda ctx, dy, _: (*scan_backward(dy.contiguous(), *ctx.saved_tensors[:5], ctx.saved_tensors[5:]), None),
+    scan_autograd,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], *output[1]))
 
 
