@@ -41,8 +41,8 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 # Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE
 # kernel, which keeps the state h in registers and writes nothing of size (b, l, d, n). On a GPU longer
-# chunks spill, and shorter ones move the state more often; on a CPU 16 steps are no faster than 8, and
-# take far longer to compile.
+# chunks spill, and shorter ones move the state more often; on a CPU 16 steps save up to a tenth of the
+# scan's time, and take twice as long to compile.
 CHUNK = dict(cpu=8, cuda=16)
 
 
