@@ -331,10 +331,11 @@ def main():
     fixed = Batches(task, 64, 0, "cpu", task.sample(10_000, stream))
     fresh = Batches(task, 64, 0, "cpu")
     print("\nmedian of 15, ms")
-    for name, function in (("10,000 graphs, sampled", lambda: task.sample(10_000, stream)),
-                           ("a batch of 64, fresh", lambda: fresh(1)),
-                           ("a batch of 64, fixed set", lambda: fixed(1))):
-        print(f"{name:<26}{median_ms(function)[0]:7.2f}")
+    cases = {"10,000 graphs, sampled": lambda: task.sample(10_000, stream),
+             "a batch of 64, fresh": lambda: fresh(1),
+             "a batch of 64, fixed set": lambda: fixed(1)}
+    for name, ms in zip(cases, median_ms(*cases.values())):
+        print(f"{name:<26}{ms:7.2f}")
 
 
 if __name__ == "__main__":
