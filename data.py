@@ -9,10 +9,15 @@ shuffled edges, the start and the goal (the last node of one arm), and must writ
 Source: Bachmann & Nagarajan, "The pitfalls of next-token prediction", ICML 2024, section 4.
 """
 import argparse
+import contextlib
+import math
+import os
 import re
 import statistics
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +29,7 @@ class UserError(ValueError):
 
 
 class Graphs(NamedTuple):
-    """n graphs of one task, long tensors. `arms[:, 0]` is the arm that ends in the goal."""
+    """n graphs of one task, integer tensors. `arms[:, 0]` is the arm that ends in the goal."""
     prefix: torch.Tensor  # (n, prefix_len): the shuffled edges, the start, the goal, `=`
     target: torch.Tensor  # (n, target_len): the path, goal first if the task is reversed
     arms: torch.Tensor    # (n, deg, path_len - 1): the nodes of every arm, from the start outwards
@@ -62,17 +67,21 @@ class PathStar:
         return f"{self.graph}, N = {self.num_nodes}"
 
     def sample(self, n, generator):
-        """Draw n graphs with, and on the device of, a torch.Generator -> Graphs."""
+        """Draw n graphs with, and on the device of, a torch.Generator -> Graphs, long."""
         random = lambda size: torch.rand(n, size, generator=generator, device=generator.device)
-        nodes = random(self.num_nodes).argsort(1)[:, :1 + self.num_edges]  # the head of a permutation
-        start, arms = nodes[:, :1], nodes[:, 1:].view(n, self.deg, self.path_len - 1)
+        # sorting random numbers draws a permutation; its head is the start and the nodes of the arms
+        nodes = random(self.num_nodes).argsort(1)[:, :1 + self.num_edges]               # (n, 1 + E)
+        start, arms = nodes[:, :1], nodes[:, 1:].view(n, self.deg, self.path_len - 1)   # (n, d, l - 1)
+        # a node's parent is the node before it in its arm; an edge is three tokens: parent, child, `|`
         parents = torch.cat([start[:, None].expand(n, self.deg, 1), arms[:, :, :-1]], 2)
-        edges = torch.stack([parents, arms, torch.full_like(arms, self.bar)], 3).view(n, self.num_edges, 3)
-        shuffle = random(self.num_edges).argsort(1)
-        edges = edges.gather(1, shuffle[:, :, None].expand(-1, -1, 3)).view(n, 3 * self.num_edges)
+        edges = torch.stack([parents, arms, torch.full_like(arms, self.bar)], 3)        # (n, d, l - 1, 3)
+        # in random order, so that nothing tells which arm an edge is of; the last `|` is a `/`
+        shuffle = random(self.num_edges).argsort(1)[:, :, None].expand(-1, -1, 3)       # (n, E, 3)
+        edges = edges.view(n, self.num_edges, 3).gather(1, shuffle).flatten(1)          # (n, 3 E)
         edges[:, -1] = self.slash
+        # the arms are alike, so the first one may be the answer: its last node is the goal
         prefix = torch.cat([edges, start, arms[:, 0, -1:], torch.full_like(start, self.equals)], 1)
-        target = torch.cat([start, arms[:, 0]], 1)
+        target = torch.cat([start, arms[:, 0]], 1)                                      # (n, l)
         return Graphs(prefix, target.flip(1) if self.reverse else target, arms)
 
     def encode(self, text):
@@ -100,16 +109,15 @@ class PathStar:
         numbers = [int(x) for x in re.findall("[0-9]+", text)]
         if max(numbers) >= self.num_nodes:
             raise ValueError(f"node {max(numbers)} is out of range: num_nodes is {self.num_nodes}")
-        edges = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2]))
-        start, goal, *path = numbers[2 * E:]
+        edges, (start, goal, *path) = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2])), numbers[2 * E:]
         following = dict(edges)  # within an arm every node has one successor
         arms = [[v] for u, v in edges if u == start]
         for arm in arms:
             while arm[-1] in following and len(arm) < self.path_len:
                 arm.append(following[arm[-1]])
         arms.sort(key=lambda arm: arm[-1] != goal)  # the goal's arm first; the others as they appear
-        nodes, lengths = {start}.union(*arms), [len(arm) for arm in arms]
-        if len(nodes) != 1 + E or lengths != [self.path_len - 1] * self.deg:
+        lengths = [len(arm) for arm in arms]
+        if len({start}.union(*arms)) != 1 + E or lengths != [self.path_len - 1] * self.deg:
             raise ValueError(f"the edges do not form {self.graph} around node {start}")
         if path != [start] + arms[0] or path[-1] != goal:
             raise ValueError(f"the path is not the one from {start} to {goal}")
@@ -120,29 +128,41 @@ class PathStar:
 
 def load(path, task):
     """A file of official text -> Graphs. Raises UserError naming the file and the first wrong line."""
+    rows = []
     try:
-        with open(path, "rb") as file:
-            lines = file.readlines()
+        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
+            for line in file:
+                rows.append(task._parse(line.rstrip("\r\n")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(task._parse(line.decode("ascii").rstrip("\r\n")))
-        except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not text (a byte outside ASCII)") from None
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}, line {len(rows) + 1}: {error}") from None
     if not rows:
         raise UserError(f"{path}: holds no graphs")
     return Graphs(*(torch.tensor(column) for column in zip(*rows)))
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write that replaces `path` whole at the end, or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(path, task, graphs):
-    """Write Graphs as official text, one line a graph, to a file that does not exist yet."""
-    with open(path, "x") as file:
-        pairs = zip(graphs.prefix, graphs.target)
-        file.writelines(task.decode(prefix, target) + "\n" for prefix, target in pairs)
+    """Write Graphs as official text, one line a graph. Raises FileExistsError if there is such a file."""
+    if Path(path).exists():
+        raise FileExistsError(17, "there is such a file already", str(path))
+    with whole_file(path) as file:
+        for prefix, target in zip(graphs.prefix, graphs.target):
+            file.write(f"{task.decode(prefix, target)}\n".encode())
 
 
 def inputs(task, prefix, target, teacherless):
@@ -158,16 +178,15 @@ def inputs(task, prefix, target, teacherless):
 # -------------------------------------------------------------------------------------------------------
 # Sets of graphs and batches. Every random draw has a key of its own: the graphs of step s depend on the
 # seed and s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the
-# training stream.
+# training stream. All are drawn on the CPU, so that they are the same on every device.
+
+TRAIN, TEST, FRESH, SHUFFLE, VALIDATION = range(5)  # the first integer of a key
 
 
-def random_stream(*key, device="cpu"):
-    """A torch.Generator that depends on the integers of `key` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the CPU generator takes
-    return torch.Generator(device).manual_seed(int(seed))
-
-
-TRAIN, TEST, FRESH, SHUFFLE = range(4)  # the first integer of a key
+def random_stream(*key):
+    """A torch.Generator on the CPU that depends on the integers of `key` alone."""
+    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the generator takes
+    return torch.Generator().manual_seed(int(seed))
 
 
 def identities(graphs):
@@ -178,67 +197,70 @@ def identities(graphs):
     return rows.view(f"V{4 * rows.shape[1]}")[:, 0].tolist()
 
 
-def compact(task, graphs):
-    """Graphs in the smallest integer type that holds the vocabulary."""
-    size = task.vocab_size
-    dtype = torch.uint8 if size <= 256 else torch.int16 if size <= 2 ** 15 else torch.int32
-    return Graphs(*(x.to(dtype) for x in graphs))
-
-
-def sample_test_set(task, n):
-    """The test set: the same n graphs for every seed. -> Graphs on the CPU."""
-    return task.sample(n, random_stream(TEST))
-
-
-def sample_train_set(task, n, seed, test):
-    """n graphs, none of them in `test` (Graphs). -> compact Graphs on the CPU.
-
-    Raises UserError where the test set leaves no graph to train on.
-    """
-    taken, pieces, missing = set(identities(test)), [], n
-    while missing > 0:
-        piece = task.sample(10_000, random_stream(TRAIN, seed, len(pieces)))
-        pieces.append(compact(task, without(piece, taken)))
-        missing -= len(pieces[-1].prefix)
-        if len(pieces) == 10 and missing == n:
-            raise UserError(f"num_nodes {task.num_nodes}: the test set holds every {task.graph}; "
-                            "take more node values or a smaller n_test")
-    return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
-
-
 def without(graphs, taken):
     """The graphs whose identity is not in the set `taken`."""
-    keep = torch.tensor([identity not in taken for identity in identities(graphs)])
+    keep = torch.tensor([identity not in taken for identity in identities(graphs)], dtype=torch.bool)
     return graphs if keep.all() else Graphs(*(x[keep] for x in graphs))
 
 
-class Batches:
-    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long.
+def draw(task, n, taken, *key, piece=10_000):
+    """n graphs, none of which is in the set of identities `taken` -> Graphs on the CPU, in the smallest
+    integer type that holds the vocabulary. Raises UserError where `taken` leaves none."""
+    size, pieces, missing = task.vocab_size, [], n
+    dtype = torch.uint8 if size <= 256 else torch.int16 if size <= 2 ** 15 else torch.int32
+    while missing > 0:
+        graphs = without(task.sample(piece, random_stream(*key, len(pieces))), taken)
+        pieces.append(Graphs(*(x.to(dtype) for x in graphs)))
+        missing -= len(graphs.prefix)
+        if len(pieces) == 10 and missing == n:
+            raise UserError(f"num_nodes {task.num_nodes}: the test graphs are every {task.graph} there is; "
+                            "take more node values or fewer test graphs")
+    return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 
-    On the device; from a fixed set, reshuffled every epoch, or, with `graphs` None, fresh at every step.
+
+def held_out(task, n_test, test=None):
+    """The graphs that no run trains on, the same for every seed -> validation (1,000) and test, Graphs, long.
+
+    `test` is a given test set in place of n_test sampled ones. Of a tiny task a set takes at most a tenth of
+    the graphs there are; raises UserError where that is not one.
+    """
+    labels, orders = math.perm(task.num_nodes, 1 + task.num_edges), math.factorial(task.deg)
+    most = labels // orders // 10
+    if not most:
+        raise UserError(f"num_nodes {task.num_nodes}: there are not ten {task.graph}; take more node values")
+    test = test or draw(task, min(n_test, most), set(), TEST)
+    validation = draw(task, min(1000, most), set(identities(test)), VALIDATION)
+    return [Graphs(*(x.long() for x in graphs)) for graphs in (validation, test)]
+
+
+class Batches:
+    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device.
+
+    From `graphs`, a fixed set, reshuffled every epoch; with `graphs` None fresh ones at every step, none of
+    them in `taken`, a set of identities.
     """
 
-    def __init__(self, task, batch_size, seed, device, graphs=None):
+    def __init__(self, task, batch_size, seed, device, graphs=None, taken=frozenset()):
         self.task, self.batch_size, self.seed, self.device = task, batch_size, seed, device
-        self.fixed = graphs and Graphs(*(x.to(device) for x in compact(task, graphs)))
-        self.epoch, self.order = None, None
+        self.fixed = graphs and Graphs(*(x.to(device) for x in graphs))
+        self.taken, self.epoch, self.order = taken, None, None
 
     def __call__(self, step):
+        size = self.batch_size
         if self.fixed is None:
-            stream = random_stream(FRESH, self.seed, step, device=self.device)
-            graphs = self.task.sample(self.batch_size, stream)
-            return graphs.prefix, graphs.target
+            graphs = draw(self.task, size, self.taken, FRESH, self.seed, step, piece=size)
+            return graphs.prefix.long().to(self.device), graphs.target.long().to(self.device)
         n = len(self.fixed.prefix)
-        epoch, batch = divmod(step, n // self.batch_size)  # what fills no batch is left out
+        epoch, batch = divmod(step, n // size)  # what fills no batch is left out
         if epoch != self.epoch:
             order = torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch))
             self.epoch, self.order = epoch, order.to(self.device)
-        index = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
+        index = self.order[batch * size:(batch + 1) * size]
         return self.fixed.prefix[index].long(), self.fixed.target[index].long()
 
 
 # -------------------------------------------------------------------------------------------------------
-# The command line.
+# What the scripts share: the command line, a clock.
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,18 +274,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind, least, most=float("inf")):
+def number(kind, least, most):
     """An argparse type: an int or float in [least, most]."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {name} {limit}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {what} from {least} to {most}")
     return parse
 
 
@@ -274,11 +292,16 @@ def some_path(text):
     return text
 
 
-def draw(task, graph):
-    """One graph as lines of text: an arm a line, the goal's arm first and marked."""
-    for i, arm in enumerate(graph.arms[0].tolist()):
-        start, mark = (graph.prefix[0, -3].item(), "   <- the goal") if i == 0 else ("", "")
-        yield f"{start:>6} -> " + " -> ".join(f"{v:2}" for v in arm) + mark
+def run_script(main):
+    """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # of what was printed: a script turns those of its files into its own words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more
+        sys.exit(None if isinstance(error, BrokenPipeError) else f"cannot print: {error.strerror}")
 
 
 def median_ms(*functions, repeats=15):
@@ -297,46 +320,37 @@ def median_ms(*functions, repeats=15):
 
 def main():
     parser = Parser(__doc__)
-    for name, default, least, most, text in (
-            ("deg", 2, 1, 10**4, "arms of the graph, d"), ("path_len", 5, 2, 10**4, "nodes of the path, l"),
-            ("num_nodes", 50, 2, 10**4, "node values, N"), ("seed", 0, 0, 2**32 - 1, "seed of the graphs"),
-            ("n", 20_000, 1, 10**8, "graphs to write")):
-        parser.add_argument(f"--{name}", type=number(int, least, most), default=default, metavar="X",
+    for flag, default, least, most, text in (
+            ("--deg", 2, 1, 10**4, "arms of the graph, d"), ("--path_len", 5, 2, 10**4, "nodes of the path, l"),
+            ("--num_nodes", 50, 2, 10**4, "node values, N"), ("--seed", 0, 0, 2**32 - 1, "seed of the graphs"),
+            ("--n", 20_000, 1, 10**7, "graphs to write")):
+        parser.add_argument(flag, type=number(int, least, most), default=default, metavar="X",
                             help=f"{text} (default {default})")
-    parser.add_argument("--write", metavar="FILE",
+    parser.add_argument("--write", metavar="FILE", type=some_path,
                         help="write official text to this new file, and do nothing else")
     args = parser.parse_args()
-    stream = random_stream(TRAIN, args.seed)
     try:
         task = PathStar(args.deg, args.path_len, args.num_nodes)
-        if args.write is not None:
-            save(args.write, task, task.sample(args.n, stream))
+        graphs = draw(task, args.n if args.write else 1, set(), TRAIN, args.seed)
+        if args.write:
+            save(args.write, task, graphs)
             return print(f"{args.write}: {args.n:,} graphs, {task}")
     except UserError as error:
         parser.error(f"--{error}")
     except OSError as error:
         parser.error(f"--write {args.write}: {error.strerror}")
 
-    graph = task.sample(1, stream)
-    print(f"{task}\n", *draw(task, graph), sep="\n")
-    print(f"\nofficial text   {task.decode(graph.prefix[0], graph.target[0])}")
-    print(f"prefix tokens   {graph.prefix[0].tolist()}")
-    print(f"                |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
-    backward = graph.target.flip(1)
-    for name, target, teacherless in (("standard", graph.target, False), ("teacherless", graph.target, True),
-                                      ("reverse", backward, False)):
-        fed = inputs(task, graph.prefix, target, teacherless)[0, task.prefix_len:].tolist()
-        print(f"{name:<16}fed after the prefix: {fed}, to predict: {target[0].tolist()}")
-
-    fixed = Batches(task, 64, 0, "cpu", task.sample(10_000, stream))
-    fresh = Batches(task, 64, 0, "cpu")
-    print("\nmedian of 15, ms")
-    cases = {"10,000 graphs, sampled": lambda: task.sample(10_000, stream),
-             "a batch of 64, fresh": lambda: fresh(1),
-             "a batch of 64, fixed set": lambda: fixed(1)}
-    for name, ms in zip(cases, median_ms(*cases.values())):
-        print(f"{name:<26}{ms:7.2f}")
+    prefix, target, arms = (x[0] for x in graphs)
+    print(f"{task}\n")
+    for arm in arms.tolist():
+        mark = "   <- the goal" * (arm[-1] == prefix[-2])
+        print(f"{prefix[-3]:>6} -> {' -> '.join(f'{v:2}' for v in arm)}{mark}")
+    print(f"\nofficial text   {task.decode(prefix, target)}\nprefix tokens   {prefix.tolist()}\n"
+          f"                |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
+    for name, answer in (("standard", target), ("teacherless", target), ("reverse", target.flip(0))):
+        fed = inputs(task, prefix[None], answer[None], name == "teacherless")[0, task.prefix_len:]
+        print(f"{name:<16}fed after the prefix: {fed.tolist()}, to predict: {answer.tolist()}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,214 +1,156 @@
-"""Evaluate runs of train.py: rebuild each model from its folder and print one table.
+"""Evaluate runs of train.py: rebuild each model from its folder, measure it, print a line a run.
 
-    python eval.py out/RUN [out/RUN ...]          # the table, beside the paper's figures
-    python eval.py out/RUN --show 4               # test graphs with the model's answer, right and wrong
-    python eval.py out/RUN --layers               # what the head reads behind each layer
-    python eval.py out/RUN ... --plot curves.png  # accuracy against samples seen (needs matplotlib)
-    python eval.py out/* --json > runs.jsonl      # rows to keep; eval.py reads them in place of folders
-
-Exact match: the whole path right under greedy decoding. It takes one forward pass, not l: a path that is
-generated token by token equals the target exactly when every prediction behind the true tokens does.
+    python eval.py out/RUN [out/RUN ...]              # exact match, the paper's, accuracy of each token
+    python eval.py out/RUN --show 4 --layers          # answers, right and wrong; what each layer has found
+    python eval.py out/RUN ... --plot curves.png      # accuracy against graphs seen (needs matplotlib)
+    python eval.py out/RUN ... --json >> runs.jsonl   # a row a run, to be kept
+    python eval.py assets/runs.jsonl --bars bars.png  # from kept rows: the README's table and figure
 """
-import argparse
-import itertools
+import contextlib
+import hashlib
 import json
+import statistics
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import Graphs, Parser, PathStar, UserError, inputs, load, number, sample_test_set, some_path
+from data import Graphs, Parser, PathStar, UserError, held_out, inputs, load, number, run_script, some_path
 from mamba import Mamba, MambaConfig
 from model import GPT, GPTConfig, generate
 
-# Exact match in % from scratch, read off the authors' charts (+-1.5): standard, teacherless, reverse.
-PAPER = {
-    "gpt": {"G(2,5)": (50, 100, 100), "G(2,20)": (49, 0, 100), "G(5,5)": (19, 0, 100),
-            "G(10,5)": (8, 0, 100), "G(20,5)": (0, 0, 0)},
-    "mamba": {"G(2,5)": (49, 0, 99), "G(2,20)": (49, 0, 97), "G(5,5)": (20, 0, 100),
-              "G(10,5)": (9, 0, 100), "G(20,5)": (0, 0, 0)},
-}
+# The paper's exact match from scratch, read off its charts (+-0.015): standard, teacherless, reverse.
+PAPER = {"gpt": {"G(2,5)": (0.50, 1.00, 1.00), "G(2,20)": (0.49, 0.00, 1.00), "G(5,5)": (0.19, 0.00, 1.00),
+                 "G(10,5)": (0.08, 0.00, 1.00), "G(20,5)": (0.00, 0.00, 0.00)},
+         "mamba": {"G(2,5)": (0.49, 0.00, 0.99), "G(2,20)": (0.49, 0.00, 0.97), "G(5,5)": (0.20, 0.00, 1.00),
+                   "G(10,5)": (0.09, 0.00, 1.00), "G(20,5)": (0.00, 0.00, 0.00)}}
+TITLES = {"gpt": "GPT", "mamba": "Mamba"}
+COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-ahead + deep": "#0072b2",
+           "reverse": "#009e73"}  # of the objectives in the figure, in their order; the third is the cure
 
 
 def objective(settings):
-    names = {(False, False): "standard", (True, False): "teacherless",
-             (False, True): "reverse", (True, True): "teacherless reverse"}
-    return names[settings["teacherless"], settings["reverse"]]
+    """The name of what a run is trained on: the paper's objective, and what is added to it."""
+    name = " ".join(x for x in ("teacherless", "reverse") if settings[x]) or "standard"
+    return name + " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
 
 
-def full_objective(settings):
-    """`objective`, and the losses that without teacherless inputs make it another one than the paper's."""
-    extras = (("ahead", " + look-ahead"), ("deep", " + deep")) if not settings["teacherless"] else ()
-    return objective(settings) + "".join(extra for name, extra in extras if settings.get(name))
+def paper_accuracy(model, task, name):
+    """The paper's figure for the objective of this very name (or None), on a task as "G(2,5), N = 50"."""
+    cells = PAPER[model].get(task.split(", N")[0], ())
+    return dict(zip(("standard", "teacherless", "reverse"), cells)).get(name)
 
 
-def paper_accuracy(settings, name):
-    """The paper's exact match for this graph, model and named objective, a fraction of 1 or None."""
-    cells = PAPER[settings["model"]].get(f"G({settings['deg']},{settings['path_len']})")
-    names = ("standard", "teacherless", "reverse")
-    return cells[names.index(name)] / 100 if cells and name in names else None
+def percent(x):
+    """A fraction in %, one decimal, cut off and not rounded: 100.0 says that nothing is wrong."""
+    return "-" if x is None else f"{int(1000 * x + 1e-4) / 10:.1f}"
 
 
 # -------------------------------------------------------------------------------------------------------
-# Measuring a model.
+# Exact match, and the Clever Hans cheat.
 
 
 @torch.no_grad()
-def predict(model, task, prefix, target, teacherless, batch_size, enough=None):
-    """Greedy predictions behind the true tokens (or `$`) and cross-entropies, both (n, target_len).
-
-    enough(seen, wrong), asked after each batch, ends it early: then there are `seen` rows.
-    """
-    device, n, wrong, answers, losses = next(model.parameters()).device, len(target), 0, [], []
-    for i in range(0, n, batch_size):
-        y = target[i:i + batch_size].to(device)
-        x = inputs(task, prefix[i:i + batch_size].to(device), y, teacherless)
-        if len(x) < batch_size < n:  # one shape for all batches: a compiled model compiles once
-            x = torch.cat([x, x[:1].expand(batch_size - len(x), -1)])
-        logits = model(x)[:len(y), -task.target_len:].float()
-        answers.append(logits.argmax(-1).cpu())
-        losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu())
-        if enough:
-            seen = i + len(y)
-            wrong += (answers[-1] != target[i:seen]).any(1).sum().item()
-            if enough(seen, wrong):
-                break
-    return torch.cat(answers), torch.cat(losses)
+def predict(model, task, prefix, target, teacherless, batch_size=None):
+    """Greedy predictions behind the true tokens (or `$`), long, and their cross-entropies, float, both
+    (n, target_len) on the CPU; prefix and target may be of any integer type, on any device."""
+    # A GPU takes as long for a small batch as for a large one. All have one shape, the last one padded, so
+    # that a compiled model compiles once; and the device is waited for at the end alone.
+    device, found = next(model.parameters()).device, []
+    size = min(len(target), batch_size or (250 if device.type == "cpu" else 1000))
+    for x, y in zip(prefix.to(device).split(size), target.to(device).split(size)):
+        x, y = inputs(task, x.long(), y.long(), teacherless), y.long()
+        logits = model(F.pad(x, (0, 0, 0, size - len(x))))   # (size, seq_len - 1, vocab)
+        logits = logits[:len(y), -task.target_len:].float()  # (b, l, vocab)
+        found.append((logits.argmax(-1), F.cross_entropy(logits.transpose(1, 2), y, reduction="none")))
+    return [torch.cat(pieces).cpu() for pieces in zip(*found)]
 
 
-def evaluate(model, task, graphs, teacherless, batch_size=256, enough=None):
-    """One forward pass over Graphs, or over the first of them (see `predict`) -> dict of test_graphs
-    (how many), loss (nats a token), accuracy (exact match) and token_accuracy (a list along the target),
-    fractions of 1; for standard training also what `clever_hans` says, where there is a wrong arm."""
-    answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size, enough)
-    graphs = Graphs(*(x[:len(answer)] for x in graphs))
-    right = answer == graphs.target
-    result = dict(test_graphs=len(answer), loss=loss.mean().item(),
-                  accuracy=right.all(1).float().mean().item(),
-                  token_accuracy=right.float().mean(0).tolist())
+def evaluate(model, task, graphs, teacherless, batch_size=None):
+    """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (exact match: the whole
+    path right under greedy decoding) and token_accuracy (a list along the target), fractions of 1; in
+    standard training with a wrong arm also what the model does when it is fed that (section 4.3): follows,
+    the shares of graphs where it names the arm's second node, ..., its last, and clever_hans, where it
+    names all but the last and so plans nothing (the last may be copied: in training it was the goal)."""
+    # one pass does, not l: a generated path is right exactly if each token behind the true ones is
+    answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
+    right = (answer == graphs.target).double()  # (n, l)
+    result = dict(n_graphs=len(right), loss=loss.mean().item(),
+                  accuracy=right.amin(1).mean().item(), token_accuracy=right.mean(0).tolist())
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 3:
-        result |= clever_hans(model, task, graphs, batch_size)
+        wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)  # (n, l)
+        answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
+        follows = (answer[:, 2:] == wrong[:, 2:]).double()               # (n, l - 2)
+        result |= dict(clever_hans=follows[:, :-1].amin(1).mean().item(), follows=follows.mean(0).tolist())
     return result
 
 
-def clever_hans(model, task, graphs, batch_size=256):
-    """What a standard model does when it is fed a WRONG arm, node by node (section 4.3) -> dict of
-    follows, a list: shares of graphs where it names that arm's second node, ..., its last, and
-    clever_hans: the share where it names all but the last, and so has planned nothing. (In training the
-    last node always was the goal, which a model may as well copy from the prefix.)"""
-    wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)
-    answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
-    follows = (answer[:, 2:] == wrong[:, 2:]).float()
-    return dict(clever_hans=follows[:, :-1].amin(1).mean().item(), follows=follows.mean(0).tolist())
-
-
 # -------------------------------------------------------------------------------------------------------
-# Runs: a folder with config.json (the settings), ckpt.pt and log.jsonl.
+# A run's folder read back: config.json (its settings and a record of how it was made), ckpt.pt, log.jsonl.
 
-
-# Settings that may change when a run is resumed: they decide where and for how long, not what is computed.
-FREE = ("max_steps", "stop_at", "eval_every", "device", "compile", "out_dir")
+# What may change when a run is resumed, with its types: how long it runs and where, not what it computes;
+# and what a setting was in the runs of commits that did not have it.
+FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
+            out_dir=str | None, train_file=str | None, test_file=str | None)
+AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, average=0.0, a_scale=1.0, cuda_graph=False)
 
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
-    backends = (("cuda", torch.cuda), ("mps", torch.backends.mps))
-    there = [d for d, backend in backends if backend.is_available()] + ["cpu"]
-    name = there[0] if name == "auto" else name
-    if name.split(":")[0] not in there:
-        raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
+    there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
     try:
-        return torch.empty(1, device=name).device
-    except RuntimeError as error:
-        raise UserError(f"--device {name!r}: {str(error).splitlines()[0]}") from None
+        return torch.empty(1, device=there[0] if name == "auto" else name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}") from None
 
 
-def build(settings):
+def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
-    task = PathStar(settings["deg"], settings["path_len"], settings["num_nodes"], settings["reverse"])
-    if settings["model"] == "gpt":
-        kind, config = GPT, GPTConfig
-        names, fixed = ("n_head", "n_embd", "short_conv"), dict(block_size=task.seq_len - 1)
-    else:
-        kind, config = Mamba, MambaConfig
-        names, fixed = ("d_state", "a_scale"), dict(d_model=settings["n_embd"])
-    shared = {name: settings[name] for name in ("n_layer", *names)}
-    return task, kind(config(vocab_size=task.vocab_size, **fixed, **shared))
+    task = PathStar(s["deg"], s["path_len"], s["num_nodes"], s["reverse"])
+    if s["model"] == "gpt":
+        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"]
+        return task, GPT(GPTConfig(task.vocab_size, task.seq_len - 1, *sizes))
+    sizes = s["n_layer"], s["n_embd"], s["d_state"]
+    return task, Mamba(MambaConfig(task.vocab_size, *sizes, a_scale=s["a_scale"]))
+
+
+@contextlib.contextmanager
+def readable(file):
+    """Turn whatever a damaged or foreign file makes its readers raise into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0][:100]
+        raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
 
 
 def load_run(folder):
-    """A run's settings and checkpoint (dicts).
-
-    Raises UserError naming the file that is missing, damaged or foreign.
-    """
+    """A run's settings and checkpoint (dicts), the latter with the "record" of config.json."""
     config, ckpt = Path(folder, "config.json"), Path(folder, "ckpt.pt")
-    for file in (config, ckpt):
-        if not file.is_file():
-            raise UserError(f"{folder}: not a run of train.py (it has no {file.name})")
-    fixed = lambda s: {name: value for name, value in s.items() if name not in FREE}
-    file = config
-    try:
-        settings = json.loads(config.read_text())
-        wanted, file = fixed(settings), ckpt
-        with zipfile.ZipFile(ckpt) as archive:  # torch.load compares no checksums, and reads no "folders"
-            damaged = archive.testzip() or any(entry.external_attr for entry in archive.infolist())
-        if damaged:
+    with readable(config):
+        said = json.loads(config.read_text())
+        record = dict(said.pop("record", {}))
+    with readable(ckpt), zipfile.ZipFile(ckpt) as archive:
+        # torch.load compares no checksums, and leaves the memory of what is marked as a folder as it was
+        if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
             raise zipfile.BadZipFile("a checksum or an attribute is wrong")
-        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
-        same = fixed(checkpoint["settings"]) == wanted
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        reason = str(error).split("\n")[0][:100]
-        raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
-    if not same:
-        raise UserError(f"{ckpt}: belongs to a run with other settings than {config}")
-    return checkpoint["settings"] | settings, checkpoint
+        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True) | dict(record=record)
+        settings = AS_IT_WAS | checkpoint["settings"]
+    for name, value in said.items():
+        if not isinstance(value, FREE[name]) if name in FREE else value != settings.get(name, value):
+            raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
+    return settings | {name: said[name] for name in FREE if name in said}, checkpoint
 
 
 def load_model(folder, device="cpu"):
-    """settings, task and trained model of a run."""
+    """settings, checkpoint, task and trained model of a run: the average of its weights, if it has one."""
     settings, checkpoint = load_run(folder)
-    try:
+    with readable(Path(folder, "ckpt.pt")):
         task, model = build(settings)
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: the checkpoint does not fit its settings ({reason})") from None
     return settings, checkpoint, task, model.to(device).eval()
-
-
-def percent(x):
-    return "-" if x is None else f"{100 * x:.1f}"
-
-
-# -------------------------------------------------------------------------------------------------------
-# The table, the examples, the plots.
-
-
-def measure(folder, device, test_file=None, n_test=None):
-    """Evaluate one run -> dict, the row of the table (accuracies as fractions of 1)."""
-    settings, checkpoint, task, model = load_model(folder, device)
-    graphs = test_graphs(settings, task, test_file, n_test)
-    result = evaluate(model, task, graphs, settings["teacherless"])
-    first_node = result["token_accuracy"][-2 if task.reverse else 1]
-    samples = checkpoint["step"] * settings["batch_size"]
-    name = full_objective(settings)
-    return dict(run=str(folder), model=settings["model"], objective=name, task=str(task),
-                seed=settings["seed"], step=checkpoint["step"], samples=samples,
-                seconds=checkpoint["seconds"], first_node=first_node, chance=1 / task.deg,
-                paper=paper_accuracy(settings, name), **result)
-
-
-def read_rows(file):
-    """Rows of `measure` that --json printed into a file."""
-    try:
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        if not rows:
-            raise ValueError("it is empty")
-        list(table(rows))  # a row that lacks something has no line in the table
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not the output of eval.py --json ({error!r})"[:200]) from None
-    return rows
 
 
 def load_flag(flag, path, task):
@@ -220,191 +162,189 @@ def load_flag(flag, path, task):
 
 
 def test_graphs(settings, task, test_file=None, n_test=None):
-    """The test set of a run's settings, or of what is asked for in their place -> Graphs."""
-    path = test_file or settings["test_file"]
-    if path:
-        return load_flag("test_file", path, task)
-    return sample_test_set(task, n_test or settings["n_test"])
+    """A run's own test graphs or those of another file, all or the first n_test of them -> Graphs."""
+    file, sha = test_file or settings["test_file"], settings.get("test_file_sha256")
+    if sha and not test_file:
+        if not Path(file).is_file() or sha != hashlib.sha256(Path(file).read_bytes()).hexdigest():
+            raise UserError(f"{file}: not the run's test file any more; --test_file may name it anew")
+    graphs = load_flag("test_file", file, task) if file else held_out(task, settings["n_test"])[1]
+    if n_test and n_test > len(graphs.target):
+        raise UserError(f"--n_test {n_test}: there are {len(graphs.target)} test graphs")
+    return Graphs(*(x[:n_test] for x in graphs))
 
 
-def table(rows):
-    """Rows of `measure` -> lines of text."""
-    columns = ["run", "task", "model", "objective", "samples", "exact %", "paper %",
-               "first node %", "chance %", "Clever Hans %", "follows %", "tokens %"]
-    cells = [[r["run"], r["task"], r["model"], r["objective"], f"{r['samples']:,}",
-              percent(r["accuracy"]), percent(r["paper"]),
-              percent(r["first_node"]), percent(r["chance"]), percent(r.get("clever_hans")),
-              " ".join(map(percent, r.get("follows", [None]))),
-              " ".join(map(percent, r["token_accuracy"]))] for r in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    for row in [columns, *cells]:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+# -------------------------------------------------------------------------------------------------------
+# The table, the examples, the layers, the plots.
 
 
-def load_examples(folder, device, test_file=None):
-    """model, task, teacherless, and the prefixes and targets of 1,000 test graphs, on the device."""
-    settings, _, task, model = load_model(folder, device)
-    graphs = test_graphs(settings, task, test_file)
-    return model, task, settings["teacherless"], *(x[:1000].to(device) for x in graphs[:2])
+def measure(folder, settings, checkpoint, task, model, graphs):
+    """Evaluate a run -> dict, its row (accuracies as fractions of 1)."""
+    result, name, s = evaluate(model, task, graphs, settings["teacherless"]), objective(settings), settings
+    record = dict.fromkeys("command commit torch python device device_name threads date resumed_at".split())
+    return dict(
+        run=str(folder), task=str(task), model=s["model"], objective=name, seed=s["seed"], **result,
+        **record | checkpoint["record"], minutes=round(checkpoint["seconds"] / 60, 2),
+        steps=checkpoint["step"], samples=checkpoint["step"] * s["batch_size"], note=None, table=False,
+        solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name),
+        first_node=result["token_accuracy"][-2 if task.reverse else 1], chance=1 / task.deg)
 
 
-def show(folder, device, k, test_file=None):
-    """k test graphs with the model's own answer (generated), the wrong ones first if there are any."""
-    model, task, teacherless, prefix, target = load_examples(folder, device, test_file)
-    answer = generate(model, task, prefix, teacherless)
-    right = (answer == target).all(1)
-    wrong, correct = (~right).nonzero()[:, 0].tolist(), right.nonzero()[:, 0].tolist()
-    chosen = wrong[:max((k + 1) // 2, k - len(correct))] + correct
-    yield f"{folder}: {len(wrong):,} of {len(right):,} test graphs are answered wrong; some of both kinds:"
-    for i in chosen[:k]:
-        text = task.decode(prefix[i], target[i])
-        said = ",".join(map(str, (answer[i].flip(0) if task.reverse else answer[i]).tolist()))
-        yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said}"
+def report(row):
+    """A row as a line of text."""
+    return (f"{row['task']}  {TITLES[row['model']]:5}  {row['objective']:31}  seed {row['seed']}  exact "
+            f"{percent(row['accuracy']):>5} % (paper {percent(row.get('paper')):>5})  tokens "
+            f"{' '.join(map(percent, row.get('token_accuracy') or []))} %  Clever Hans "
+            f"{percent(row.get('clever_hans')):>5} %  {row.get('run') or row['command']}")
+
+
+def cell(rows, *key):
+    """The rows of a task, an objective and a model: its seeds."""
+    return [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
+
+
+def summary(rows):
+    """Rows -> the README's table, lines of Markdown: the mean over the seeds, their range, median minutes."""
+    yield "| graph | objective | GPT, % | paper | seeds | minutes | Mamba, % | paper | seeds | minutes |"
+    yield "|---" * 10 + "|"
+    for task, name in dict.fromkeys((row["task"], row["objective"]) for row in rows):
+        line = [task, name]
+        for model in PAPER:
+            seeds, paper = cell(rows, task, name, model), percent(paper_accuracy(model, task, name))
+            exact, minutes = ([row[field] for row in seeds] for field in ("accuracy", "minutes"))
+            mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
+            line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
+                     f"{statistics.median(minutes):.1f} {seeds[0]['device']}" if seeds else "-"]
+        yield f"| {' | '.join(line)} |"
+
+
+def show(task, model, graphs, teacherless, k):
+    """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""
+    answer, _ = predict(model, task, graphs.prefix, graphs.target, teacherless)
+    right = (answer == graphs.target).all(1)
+    order = right.int().argsort()  # the wrong ones first
+    chosen = torch.cat([order[:k - k // 2], order[len(order) - k // 2:]]).unique().tolist()
+    prefix = graphs.prefix[chosen].long().to(next(model.parameters()).device)
+    for i, said in zip(chosen, generate(model, task, prefix, teacherless).tolist()):
+        text = task.decode(graphs.prefix[i], graphs.target[i])
+        yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said[::-1] if task.reverse else said}"
 
 
 @torch.no_grad()
-def read_layers(folder, device, test_file=None):
+def read_layers(task, model, graphs, teacherless):
     """Accuracy of each token, as the head reads it behind each layer: where in the model it is found."""
-    model, task, teacherless, prefix, target = load_examples(folder, device, test_file)
-    x = model.features(inputs(task, prefix, target, teacherless), every=True)
-    right = model.head(x[:, :, -task.target_len:]).argmax(-1) == target
-    for layer, tokens in enumerate(right.float().mean(1).tolist(), 1):
-        yield f"{folder}: layer {layer:2}: tokens % {' '.join(map(percent, tokens))}"
+    device, right = next(model.parameters()).device, 0
+    for prefix, target in zip(*(x.long().to(device).split(250) for x in graphs[:2])):
+        x = model.features(inputs(task, prefix, target, teacherless), every=True)      # (n_layer, b, t, d)
+        right += (model.head(x[:, :, -task.target_len:]).argmax(-1) == target).sum(1)  # (n_layer, l)
+    for layer, tokens in enumerate((right / len(graphs.target)).tolist(), 1):
+        yield f"layer {layer:2}: tokens % {' '.join(map(percent, tokens))}"
 
 
-def read_log(folder):
-    """The evaluations of a run, oldest first; a last line that a crash cut short is left out."""
-    lines = []
-    try:
-        for line in Path(folder, "log.jsonl").read_text().splitlines():
-            lines.append(json.loads(line))
-    except OSError:
-        raise UserError(f"{folder}: has no log.jsonl") from None
-    except ValueError:
-        pass
-    return lines
-
-
-def picture(text):
-    """An argparse type: the name of a file that matplotlib can write."""
-    if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must end in .png, .svg or .pdf")
-    return text
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot and --bars need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def plot_curves(folders, file):
-    """Accuracy against samples seen: of each token for one run, exact match for several."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for folder in folders:
-        settings, log = load_run(folder)[0], read_log(folder)
-        samples, name = [line["samples"] for line in log], f"{settings['model']}, {full_objective(settings)}"
-        exact = [100 * line["accuracy"] for line in log]
-        if len(folders) > 1:
-            axes.plot(samples, exact, label=Path(folder).name)
+def plot_curves(runs, file):
+    """Against graphs seen: each node's accuracy for one run (folder, settings, log), else exact match."""
+    import matplotlib.figure
+    ax = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained").subplots()
+    for folder, s, log in runs:
+        seen, exact = [line["samples"] for line in log], [100 * line["accuracy"] for line in log]
+        if len(runs) > 1:
+            ax.plot(seen, exact, label=folder)
             continue
-        for i, accuracy in enumerate(zip(*(line["token_accuracy"] for line in log))):
-            axes.plot(samples, [100 * x for x in accuracy], label=f"token {i}")
-        axes.plot(samples, exact, "k--", label="whole path")
-        if log and "clever_hans" in log[0]:
-            axes.plot(samples, [100 * line["clever_hans"] for line in log], "k:", label="Clever Hans share")
-        axes.set_title(f"{name}, G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}")
-    axes.axhline(100 / settings["deg"], color="grey", linewidth=1, linestyle=":", label="chance, 1/d")
-    axes.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=150)
+        l = s["path_len"]
+        for i, node in enumerate(["start", *(f"node {i}" for i in range(1, l - 1)), "goal"]):
+            tokens = [100 * line["token_accuracy"][l - 1 - i if s["reverse"] else i] for line in log]
+            ax.plot(seen, tokens, color=matplotlib.colormaps["viridis"](0.95 * i / (l - 1)), label=node)
+        ax.plot(seen, exact, "k--", label="whole path")
+        ax.set_title(f"G({s['deg']},{l}), N = {s['num_nodes']}: {TITLES[s['model']]}, {objective(s)}, "
+                     f"{s['n_layer']} layers x {s['n_embd']}, batch {s['batch_size']}", fontsize="medium")
+    for deg in sorted({s["deg"] for _, s, _ in runs}):
+        ax.axhline(100 / deg, color="grey", linewidth=1, linestyle=":", label=f"chance, 1/{deg}")
+    ax.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.figure.savefig(file, dpi=150)
 
 
 def plot_bars(rows, file):
-    """The paper's main figure, redrawn: exact match by model, graph and objective, ours beside theirs.
-
-    Ours is the mean of the seeds, with their range.
-    """
-    plt = pyplot()
-    objectives = ("standard", "teacherless", "reverse")
-    models = sorted({row["model"] for row in rows})
-    tasks = sorted({(row["chance"], row["task"]) for row in rows}, reverse=True)
-    figure, grid = plt.subplots(len(tasks), len(models), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(1.6 + 3.2 * len(models), 0.8 + 2.3 * len(tasks)))
-    for ((chance, task), model), ax in zip(itertools.product(tasks, models), grid.flat):
-        for x, name in enumerate(objectives):
-            cell = [row for row in rows
-                    if (row["model"], row["task"], row["objective"]) == (model, task, name)]
-            if not cell:
-                ax.text(x, 2, "not run", ha="center", fontsize="small", color="grey")
-                continue
-            ours = [100 * row["accuracy"] for row in cell]
-            mean = sum(ours) / len(ours)
-            spread = [[mean - min(ours)], [max(ours) - mean]]
-            ax.bar(x - 0.2, mean, 0.38, color="#1f77b4", yerr=spread, label="this repository")
-            ax.text(x - 0.2, max(ours) + 2, f"{mean:.0f}", ha="center", fontsize="small")
-            paper = cell[0]["paper"]
-            if paper is not None:
-                ax.bar(x + 0.2, 100 * paper, 0.38, color="#bbbbbb", label="paper")
-                ax.text(x + 0.2, 100 * paper + 2, f"{100 * paper:.0f}", ha="center", fontsize="small")
-        ax.axhline(100 * chance, color="black", linewidth=1, linestyle=":", label="chance, 1/d")
-        ax.set(title=f"{model}, {task}", xlim=(-0.6, 2.6), xticks=range(3), xticklabels=objectives,
-               ylim=(0, 115))
-    figure.supylabel("exact match on unseen graphs, %", fontsize="medium")
-    labelled = dict(itertools.chain(*(zip(*ax.get_legend_handles_labels()[::-1]) for ax in grid.flat)))
-    figure.legend(labelled.values(), labelled.keys(), fontsize="small", loc="outside lower center", ncols=3)
+    """The paper's main figure redrawn: exact match by graph and objective, a line of bars a model; ours is
+    the mean over the seeds with their range, and beside it stands the paper's for the same objective."""
+    import matplotlib.figure
+    if others := {row["objective"] for row in rows} - COLOURS.keys():
+        print(f"--bars: leaves out the rows of {', '.join(sorted(others))}", file=sys.stderr)
+    rows = [row for row in rows if row["objective"] in COLOURS]
+    models, legend = [model for model in PAPER if any(row["model"] == model for row in rows)], {}
+    figure = matplotlib.figure.Figure(figsize=(12.5, 1 + 1.8 * len(models)), layout="constrained")
+    for model, ax in zip(models, figure.subplots(len(models), squeeze=False)[:, 0]):
+        x, ticks = 0, {}
+        for task in dict.fromkeys(row["task"] for row in rows if row["model"] == model):
+            left = x
+            for name, colour in COLOURS.items():
+                ours = [row["accuracy"] for row in cell(rows, task, name, model)]
+                paper = [paper_accuracy(model, task, name)] if ours else []
+                for values, *style in ((ours, colour, name), (paper, "#c4c4c4", "the paper's")):
+                    if values and None not in values:
+                        mean, least, most = (100 * f(values) for f in (statistics.fmean, min, max))
+                        ends = [[mean - least], [most - mean]]
+                        bar = ax.bar(x, mean, 0.9, yerr=ends, color=style[0], label=style[1])
+                        ax.bar_label(bar, [percent(mean / 100).removesuffix(".0")], fontsize=8, padding=1)
+                        x += 1
+            chance = 100 / int(task[2:task.index(",")])
+            ax.hlines(chance, left - 0.6, x - 0.4, "black", ":", linewidth=1, label="chance, 1/d")
+            ticks[task], x = (left + x - 1) / 2, x + 1
+        ax.set(xticks=[*ticks.values()], xticklabels=[*ticks], xlim=(-1, x - 1), ylim=(0, 116),
+               ylabel=f"{TITLES[model]}: exact match, %")
+        legend |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(file, dpi=150)
 
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="a run's folder, or a .jsonl file of what --json printed for some")
-    parser.add_argument("--show", type=number(int, 1, 1000), metavar="K",
-                        help="print K test graphs with the model's answer")
-    parser.add_argument("--layers", action="store_true",
-                        help="print what the head reads behind each layer: accuracy of each token")
-    parser.add_argument("--test_file", type=some_path, metavar="FILE",
-                        help="evaluate on this file of official text")
-    parser.add_argument("--n_test", type=number(int, 1, 10**8), metavar="N",
-                        help="test graphs (default: the run's)")
-    parser.add_argument("--json", action="store_true",
-                        help="print one JSON object a run instead of the table")
-    parser.add_argument("--plot", type=picture, metavar="FILE.png",
-                        help="draw accuracy against samples seen: each token's for one run, "
-                             "the exact match for several")
-    parser.add_argument("--bars", type=picture, metavar="FILE.png",
-                        help="draw the exact match of the runs beside the paper's")
-    parser.add_argument("--device", default="cpu", help="cuda, mps or cpu (default cpu)")
+    flag, yes = parser.add_argument, dict(action="store_true")
+    flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a .jsonl file of rows of --json")
+    flag("--show", type=number(int, 1, 1000), metavar="K", help="print K test graphs with the model's answer")
+    flag("--layers", **yes, help="print what the head reads behind each layer: accuracy of each token")
+    flag("--test_file", type=some_path, metavar="FILE", help="evaluate on this file of official text")
+    flag("--n_test", type=number(int, 1, 10**8), metavar="N", help="evaluate on the first N test graphs")
+    flag("--json", **yes, help="print a JSON object a run instead of the table")
+    flag("--plot", type=some_path, metavar="FILE.png", help="draw accuracy against graphs seen")
+    flag("--bars", type=some_path, metavar="FILE.png", help="draw the exact match beside the paper's")
+    flag("--device", help="cuda, mps or cpu (default: the first one there)")
+    flag("--no-compile", **yes, help="run nothing compiled (default: as the run did)")
     args = parser.parse_args(argv)
+    kept = [run for run in args.runs if run.endswith(".jsonl")]
+    if kept and any(vars(args)[x] for x in "show layers test_file n_test plot device no_compile".split()):
+        parser.error(f"{kept[0]}: all but the table, --json and --bars need a run's folder")
+    rows, curves, text, errors = [], [], [], []
+    for run in args.runs:  # a bad one is named, and does not keep the others from the table
+        try:
+            if run in kept:
+                with readable(run):
+                    found = [json.loads(line) for line in Path(run).read_text().splitlines()]
+                    list(summary(found)), list(map(report, found))[0]  # raise where a row lacks something
+                    rows += [row for row in found if row["table"]] or found
+                continue
+            s, checkpoint, task, model = load_model(run, pick_device(args.device or "auto"))
+            if args.no_compile or not s["compile"]:
+                torch.compiler.set_stance("force_eager")
+            graphs = test_graphs(s, task, args.test_file, args.n_test)
+            rows.append(measure(run, s, checkpoint, task, model, graphs))
+            text += ["", run, *read_layers(task, model, graphs, s["teacherless"])] if args.layers else []
+            text += ["", run, *show(task, model, graphs, s["teacherless"], args.show)] if args.show else []
+            curves += [(run, s, checkpoint["log"])] if args.plot else []
+        except (UserError, OSError) as error:
+            errors.append(error)
     try:
-        device = pick_device(args.device)
-        if args.plot or args.bars:
-            pyplot()
-        kept = [run for run in args.runs if run.endswith(".jsonl")]
-        if kept and (args.test_file or args.n_test or args.show or args.layers or args.plot):
-            raise UserError(f"{kept[0]}: all but the table, --json and --bars need a run's folder")
-        if args.plot:
-            plot_curves(args.runs, args.plot)
-        rows = []
-        for run in args.runs:
-            rows += read_rows(run) if run in kept else [measure(run, device, args.test_file, args.n_test)]
-        if args.bars:
-            plot_bars(rows, args.bars)
-        print(*([json.dumps(row) for row in rows] if args.json else table(rows)), sep="\n")
-        for folder in args.runs if args.layers else []:
-            print("", *read_layers(folder, device, args.test_file), sep="\n")
-        for folder in args.runs if args.show else []:
-            print("", *show(folder, device, args.show, args.test_file), sep="\n")
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+        for draw, what, file in ((plot_curves, curves, args.plot), (plot_bars, rows, args.bars)):
+            if what and file:
+                draw(what, file)
+    except (ValueError, OSError, ImportError) as error:  # of matplotlib: no such format, no such folder
+        errors.append(f"--plot or --bars: {error}")
+    readme = kept == args.runs and rows and not args.json
+    for line in (*(summary(rows) if readme else map(json.dumps if args.json else report, rows)), *text):
+        print(line, flush=True)
+    if errors:
+        parser.exit(2, "".join(f"{parser.prog}: error: {error}\n" for error in errors))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,211 +1,184 @@
-"""Mamba (Gu & Dao 2023, arXiv 2312.00752) in pure PyTorch: selective scan, block, model, one-token step.
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752), a language model without attention, in pure PyTorch.
 
-    python mamba.py                  # check the scan against the loop, time both, time a training step
+    python mamba.py   # check the scan against its definition, time both, time a training step
 
-Symbols, paper -> here: x -> u (b, l, d), Delta -> delta (b, l, d), A (d, n), B and C (b, l, n), D (d),
-h (b, d, n), with b sequences, l tokens, d = expand * d_model channels and n = d_state states a channel.
+Where attention looks back at all tokens, a Mamba remembers: each of its d channels has a state h of n
+numbers. At every token the state fades, the token is written into it, and the output is read from it; how
+much, where and from where depends on the token. That is the selective scan (algorithm 2, equation 2):
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        fade, and write
+    y_t = C_t . h_t + D u_t                               read
+
+    paper    here     shape        meaning (b sequences, l tokens, d = expand * d_model, n = d_state)
+    x, y     u, y     (b, l, d)    input and output
+    Delta    delta    (b, l, d)    step size, above 0: the larger, the more is written and the more fades
+    A        A        (d, n)       how fast each number of the state fades, below 0
+    B, C     B, C     (b, l, n)    where in the state the token is written, and what is read
+    D        D        (d,)         skip: how much of the input goes straight to the output
+
 Parameter names are those of the reference implementation (state-spaces/mamba), so weights move 1:1.
 """
 import math
-import sys
-import time
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum
+from einops import einsum, rearrange
+from torch import Tensor
 
-from data import PathStar, median_ms
-from model import causal_conv, time_step
-
-# -------------------------------------------------------------------------------------------------------
-# The selective scan, twice: as the definition, and fast.
+from data import Parser, PathStar, run_script
+from model import LanguageModel, causal_conv, compiler_failed, median_ms, time_step
 
 
 def selective_scan_ref(u, delta, A, B, C, D):
-    """The recurrence as a plain loop over time: the definition that everything else is tested against.
+    """The definition, as a plain loop over time: everything else is tested against it.
 
-    h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t    (Mamba paper, algorithm 2 and eq. 2a, 2b)
-    y_t = C_t . h_t + D u_t
-    u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d) -> y (b, l, d), in the dtype of u.
+    u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d,) -> y (b, l, d), in the dtype of u.
     """
     h = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype, device=u.device)
     y = []
     for t in range(u.shape[1]):
-        decay = torch.exp(einsum(delta[:, t], A, "b d, d n -> b d n"))
-        h = decay * h + einsum(delta[:, t] * u[:, t], B[:, t], "b d, b n -> b d n")
+        a = torch.exp(einsum(delta[:, t], A, "b d, d n -> b d n"))
+        h = a * h + einsum(delta[:, t] * u[:, t], B[:, t], "b d, b n -> b d n")
         y.append(einsum(h, C[:, t], "b d n, b n -> b d") + D * u[:, t])
     return torch.stack(y, dim=1)
 
 
-# Time is walked in chunks of this many steps. Inside a chunk the loop is unrolled and compiled into ONE
-# kernel, which keeps the state h in registers and writes nothing of size (b, l, d, n). On a GPU longer
-# chunks spill, and shorter ones move the state more often; on a CPU 16 steps save up to a tenth of the
-# scan's time, and take twice as long to compile.
+# -------------------------------------------------------------------------------------------------------
+# The same scan, fast. With x_t = delta_t u_t and a_t = exp(delta_t A) it reads
+#
+#     h_t = a_t h_{t-1} + x_t B_t        y_t = C_t . h_t
+#
+# Write dv for the gradient of the loss by v, and g_t for that by h_t. The loss depends on h_t through y_t
+# and through h_{t+1}, so g is a recurrence too, one that runs back in time, and the rest follows from it:
+#
+#     g_t      = C_t dy_t + a_{t+1} g_{t+1}
+#     dx_t     = sum over n of g_t B_t
+#     dB_t     = sum over d of g_t x_t            dC_t = sum over d of h_t dy_t
+#     dlog_a_t = g_t a_t h_{t-1}                  (log a_t = delta_t A)
+#     ddelta_t = sum over n of A dlog_a_t         dA = sum over b and t of delta_t dlog_a_t
+#
+# (Those of delta u and D u are left to autograd.) Autograd on the loop above would store h_t and a_t for all
+# t, and memory is slower than arithmetic. So time is cut into chunks, only the state before each chunk is
+# stored, and the gradient computes the others again. In a function for one chunk the loop is unrolled and
+# compiled into one kernel, one loop of machine code, in which h stays in registers. A GPU's registers hold
+# no more than 16 steps; 16 on a CPU gain a tenth at most and take twice as long to compile.
 CHUNK = dict(cpu=8, cuda=16)
 
 
 def exp(x):
-    """torch.exp of x <= 0, to 2e-7. Most of a CPU's time in the scan goes into it, so there, in fp32,
-    compiled: 2^(i + f), |f| <= 1/2, with the integer i in a float's exponent and a polynomial for 2^f."""
+    """torch.exp of x <= 0, to 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time in
+    it, a faster one: e^x = 2^(i + f), with the integer i in a float's exponent and a polynomial for 2^f."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.exp(x)
     x = x * math.log2(math.e)
     i = x.round()
-    f, power = x - i, 0
+    f, power = x - i, 0  # |f| <= 1/2
     for c in (0.0013300265, 0.009669709, 0.0555056, 0.24022281, 0.69314718, 1):  # minimax; exact at 0
         power = power * f + c
     return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # below 2^-126: 0
 
 
-def walk(x, delta, A, B, h):
-    """States before and after each step of a chunk, [h_0 .. h_T], and the decays [a_1 .. a_T];
-    x[:, t] etc. broadcast to h."""
-    h, decay = [h], []
+# In a chunk of T steps x, delta and y are (b, T, d, 1), B and C (b, T, 1, n), A is (d, n), and h, a and g
+# are (b, d, n): they broadcast. Time counts from 0: step t leads from h[t] to h[t + 1], with decay a[t].
+
+
+def states(x, delta, A, B, h):
+    """From the state h before a chunk -> its T + 1 states, h first, and its T decays, as lists."""
+    h, a = [h], []
     for t in range(x.shape[1]):
-        decay.append(exp(delta[:, t] * A))
-        h.append(decay[t] * h[t] + x[:, t] * B[:, t])
-    return h, decay
+        a.append(exp(delta[:, t] * A))
+        h.append(a[t] * h[t] + x[:, t] * B[:, t])
+    return h, a
 
 
 def chunk_forward(x, delta, A, B, C, h):
-    """One chunk, x = delta * u, from state h -> y (b, T, d) without the skip D u, and the last state."""
-    x, delta = x[..., None], delta[..., None]  # (b, T, d, 1)
-    B, C = B[:, :, None], C[:, :, None]        # (b, T, 1, n)
-    h, _ = walk(x, delta, A, B, h)
-    return torch.stack([(h[t + 1] * C[:, t]).sum(2) for t in range(x.shape[1])], dim=1), h[-1]
+    """From the state h before a chunk -> y without the skip D u, and the state after the chunk."""
+    h, _ = states(x, delta, A, B, h)
+    y = [(C[:, t] * h[t + 1]).sum(2, keepdim=True) for t in range(x.shape[1])]
+    return torch.stack(y, dim=1), h[-1]
 
 
-# The gradient walks each chunk forwards again and then back: recomputing h costs one exp, storing it
-# costs memory and bandwidth. It is cut in two because a kernel can keep its sums in registers along one
-# axis only: over the states n (for x and delta), or over the channels d (for B and C).
+def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
+    """The sums over n. Those over d have a kernel of their own: it keeps its sums in registers along one axis.
 
-
-def chunk_backward_n(x, delta, A, B, C, h, dy, dh, dA):
-    """Gradients that sum over n -> dx, ddelta (b, T, d), dh of the state before and dA so far (b, d, n)."""
-    x, delta, dy, B, C = x[..., None], delta[..., None], dy[..., None], B[:, :, None], C[:, :, None]
-    h, decay = walk(x, delta, A, B, h)
-    dx, ddelta = [], []
+    dh is the gradient by the state after the chunk through later chunks, a g of the next step -> dx, ddelta,
+    dA (b, d, n), not yet summed over b, and dh of the state before the chunk.
+    """
+    h, a = states(x, delta, A, B, h)
+    dx, ddelta, dA = [], [], 0
     for t in reversed(range(x.shape[1])):
-        dh = dh + dy[:, t] * C[:, t]
-        dx.append((dh * B[:, t]).sum(2))
-        dh = dh * decay[t]
-        dlog = dh * h[t]  # gradient of delta_t A, the logarithm of the decay
-        ddelta.append((dlog * A).sum(2))
-        dA = dA + dlog * delta[:, t]
-    return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dh, dA
+        g = C[:, t] * dy[:, t] + dh
+        dh = a[t] * g
+        dlog_a = dh * h[t]
+        dx.append((g * B[:, t]).sum(2, keepdim=True))
+        ddelta.append((A * dlog_a).sum(2, keepdim=True))
+        dA = dA + delta[:, t] * dlog_a
+    return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
-    """Gradients that sum over d -> dB, dC (b, T, n): over groups of 16 channels, in a GPU's registers,
-    then over groups."""
+    """The sums over d, first in groups of 16 channels, which fit registers, then of the groups -> dB, dC."""
     group = 16 if x.shape[2] % 16 == 0 else 1
-    # x, delta, dy: (b, T, d / group, group, 1); A, h, dh: (..., d / group, group, n)
-    x, delta, dy = (v.unflatten(2, (-1, group))[..., None] for v in (x, delta, dy))
-    A, h, dh = (v.unflatten(-2, (-1, group)) for v in (A, h, dh))
-    B, C = B[:, :, None, None], C[:, :, None, None]
-    h, decay = walk(x, delta, A, B, h)
+    over_group = lambda v: v.unflatten(1, (-1, group)).sum(2)  # (b, d, n) -> (b, d / group, n)
+    h, a = states(x, delta, A, B, h)
     dB, dC = [], []
     for t in reversed(range(x.shape[1])):
-        dh = dh + dy[:, t] * C[:, t]
-        dB.append((dh * x[:, t]).sum(2))
-        dC.append((h[t + 1] * dy[:, t]).sum(2))
-        dh = dh * decay[t]
-    return torch.stack(dB[::-1] + dC[::-1], 1).sum(2).chunk(2, dim=1)
+        g = C[:, t] * dy[:, t] + dh
+        dh = a[t] * g
+        dB.append(over_group(g * x[:, t]))
+        dC.append(over_group(h[t + 1] * dy[:, t]))
+    return tuple(torch.stack(v[::-1], 1).sum(2, keepdim=True) for v in (dB, dC))
 
 
-class Kernel:
-    """A chunk function, compiled at its first call; where there is no compiler, run as it is."""
-    enabled = True  # train.py --no-compile clears it
-    # Beyond these counts Inductor stops fusing: never here. Its C++ makes no fused multiply-adds unless told.
-    FUSE = dict.fromkeys(("max_fusion_size", "cpp.max_horizontal_fusion_size"), 10**6)
-    FUSE["cpp.enable_floating_point_contract_flag"] = "fast"
-    # Beyond these it stores a value that several others need, where it can in a few vectors of the kernel's
-    # own. With INLINE it never does, and each output repeats all that leads to it: compiling then takes
-    # the square of the time.
-    INLINE = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
-                            "realize_acc_reads_threshold"), 10**6)
-
-    def __init__(self, function, options=FUSE):
-        self.function, self.options = function, options
-        self.compiled = None
-
-    def __call__(self, *tensors):
-        if Kernel.enabled:
-            try:
-                if self.compiled is None:  # importing the compiler takes seconds: not before it is needed
-                    self.compiled = torch.compile(self.function, dynamic=False, options=self.options)
-                return self.compiled(*tensors)
-            except Exception as error:  # what the compiler raises differs by back end
-                Kernel.enabled = False
-                print(f"selective_scan: no working compiler ({type(error).__name__}), running uncompiled",
-                      file=sys.stderr)
-        return self.function(*tensors)
+@cache  # at the first call, not on import: torch.compile imports the compiler, for seconds
+def compiled(function, device):
+    """A chunk function as a kernel. The compiler makes a loop of each operation and joins loops over the
+    same numbers, so that what passes between them is not stored: up to limits, which are lifted here."""
+    no_limit = 10**6
+    options = {"max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # loops joined
+               "cpp.enable_floating_point_contract_flag": "fast"}  # a * b + c may be one instruction
+    if function is chunk_backward_d and device == "cpu":
+        # What is used often is stored all the same: on a CPU every state, which takes half as long again.
+        # Without these limits each use computes it anew. That makes compiling slow, and a GPU three times
+        # slower, so only here.
+        options |= dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
+                                  "realize_acc_reads_threshold"), no_limit)
+    return torch.compile(function, dynamic=False, options=options)
 
 
-forward_kernel = Kernel(chunk_forward)
-backward_n_kernel = Kernel(chunk_backward_n)
-# for its sums over channels a CPU would store every state, and take half as long again
-backward_d_kernel = Kernel(chunk_backward_d, Kernel.FUSE | Kernel.INLINE)
+def run(function, *tensors):
+    """function(*tensors), compiled; where no compiler works, as it is."""
+    try:
+        return compiled(function, tensors[0].device.type)(*tensors)
+    except Exception as error:  # what the compiler raises differs by back end
+        compiler_failed(error)  # says so and turns compiling off, or raises what is not the compiler's fault
+        return function(*tensors)
 
 
-def chunks(n_chunks, *tensors):
-    """Cut (b, l, ...) tensors, n_chunks dividing l, into (b, l / n_chunks, ...) views; one tuple a chunk."""
-    return zip(*(x.chunk(n_chunks, dim=1) for x in tensors))
+# Both directions are operators, as the model around them is compiled too: its compiler calls an operator as
+# it is, where it would unroll the loop of a function; the "fakes" tell it the shapes of the outputs. (A
+# torch.autograd.Function kept from the compiler cuts every block in pieces: a step takes 5 to 8 % longer.)
+@torch.library.custom_op("pitfalls::scan_chunk", mutates_args=())
+def scan_chunk(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> list[Tensor]:
+    return list(run(chunk_forward, x, delta, A, B, C, h))
 
 
-# An operator, so that a compiled model calls the scan instead of tracing through its loops.
-@torch.library.custom_op("pitfalls::scan", mutates_args=())
-def scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-         n_chunks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x = delta * u -> y (b, l, d) without the skip, the state before each chunk, (b, d, n).
-
-    The length l is a multiple of n_chunks.
-    """
-    h = x.new_zeros(x.shape[0], *A.shape)
-    y, starts = [], []
-    for x_t, delta_t, B_t, C_t in chunks(n_chunks, x, delta, B, C):
-        starts.append(h)
-        y_t, h = forward_kernel(x_t, delta_t, A, B_t, C_t, h)
-        y.append(y_t)
-    return torch.cat(y, dim=1), starts
+@torch.library.custom_op("pitfalls::scan_chunk_backward", mutates_args=())
+def scan_chunk_backward(inputs: list[Tensor]) -> list[Tensor]:
+    """[x, delta, A, B, C, h, dy, dh] -> the gradients of the first six"""
+    dx, ddelta, dA, dh = run(chunk_backward_n, *inputs)
+    dB, dC = run(chunk_backward_d, *inputs)
+    return [dx, ddelta, dA.sum(0), dB, dC, dh]
 
 
-@torch.library.custom_op("pitfalls::scan_backward", mutates_args=())
-def scan_backward(dy: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-                  C: torch.Tensor, starts: list[torch.Tensor]
-                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, delta, A, B, C from that of y."""
-    dh, dA = torch.zeros_like(starts[0]), torch.zeros_like(starts[0])
-    grads = []
-    parts = zip(chunks(len(starts), dy, x, delta, B, C), starts)
-    for (dy_t, x_t, delta_t, B_t, C_t), h in reversed(list(parts)):
-        inputs = (x_t, delta_t, A, B_t, C_t, h, dy_t, dh)
-        dx, ddelta, dh, dA = backward_n_kernel(*inputs, dA)
-        grads.append((dx, ddelta, *backward_d_kernel(*inputs)))
-    dx, ddelta, dB, dC = (torch.cat(g[::-1], dim=1) for g in zip(*grads))
-    return dx, ddelta, dA.sum(0), dB, dC
-
-
-@scan.register_fake
-def _(x, delta, A, B, C, n_chunks):
-    return torch.empty_like(x), [x.new_empty(x.shape[0], *A.shape) for _ in range(n_chunks)]
-
-
-@scan_backward.register_fake
-def _(dy, x, delta, A, B, C, starts):
-    return tuple(torch.empty_like(g) for g in (x, delta, A, B, C))
-
-
-def scan_autograd(ctx, dy, _):
-    x, delta, A, B, C, *starts = ctx.saved_tensors
-    return *scan_backward(dy.contiguous(), x, delta, A, B, C, starts), None
-
-
-scan.register_autograd(
-    scan_autograd,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:5], *output[1]))
+scan_chunk.register_fake(lambda x, delta, A, B, C, h: [torch.empty_like(x), torch.empty_like(h)])
+scan_chunk_backward.register_fake(lambda inputs: [torch.empty_like(v) for v in inputs[:6]])
+scan_chunk.register_autograd(
+    lambda ctx, grads: tuple(scan_chunk_backward([*ctx.saved_tensors, *(g.contiguous() for g in grads)])),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def at_least_fp32(x):
@@ -213,17 +186,20 @@ def at_least_fp32(x):
 
 
 def selective_scan(u, delta, A, B, C, D):
-    """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1.
-
-    Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says; returns the dtype of u.
-    """
-    dtype, l = u.dtype, u.shape[1]
+    """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1, in the dtype of u.
+    Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says."""
+    dtype, l, T = u.dtype, u.shape[1], CHUNK.get(u.device.type, CHUNK["cuda"])
     u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
-    # zeros fill the last chunk: delta 0 keeps the state. Here, not in `scan`, a compiled model fuses it
-    chunk = CHUNK.get(u.device.type, CHUNK["cuda"])
-    whole = lambda v: F.pad(v, (0, 0, 0, -l % chunk)).contiguous()
-    y, _ = scan(whole(delta * u), whole(delta), A, whole(B), whole(C), -(-l // chunk))
-    return (y[:, :l] + D * u).to(dtype)
+    # into c chunks, of one shape for all l; zeros fill the last one, where delta = 0 keeps the state
+    fill = lambda v: F.pad(v, (0, 0, 0, -l % T))
+    x, delta = (rearrange(fill(v), "b (c t) d -> c b t d 1", t=T).contiguous() for v in (delta * u, delta))
+    B, C = (rearrange(fill(v), "b (c t) n -> c b t 1 n", t=T).contiguous() for v in (B, C))
+    # the state goes from chunk to chunk, and its gradient, dh, comes back through autograd
+    y, h = [], u.new_zeros(len(u), *A.shape)
+    for x_c, delta_c, B_c, C_c in zip(x, delta, B, C):
+        y_c, h = scan_chunk(x_c, delta_c, A, B_c, C_c, h)
+        y.append(y_c)
+    return (torch.cat(y, dim=1)[:, :l, :, 0] + D * u).to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -242,7 +218,7 @@ class MambaConfig:
 
 
 class Mixer(nn.Module):
-    """The block (Mamba paper, figure 3, section 3.4): gate x SSM(conv(x)), between two projections."""
+    """gate * scan(conv(x)), between two projections (Mamba paper, figure 3, section 3.4)."""
 
     def __init__(self, config):
         super().__init__()
@@ -252,8 +228,7 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
-        rates = config.a_scale * torch.arange(1, n + 1).float()
-        self.A_log = nn.Parameter(rates.log().repeat(d, 1))
+        self.A_log = nn.Parameter((config.a_scale * torch.arange(1, n + 1).float()).log().repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
         self.out_proj = nn.Linear(d, config.d_model, bias=False)
         # step sizes log-uniform in [1e-3, 1e-1]; the bias inverts softplus (Mamba paper, section 3.6)
@@ -263,28 +238,28 @@ class Mixer(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.out_proj.weight /= math.sqrt(config.n_layer)  # one residual branch a layer
 
-    def ssm_inputs(self, u):
-        """The scan's input-dependent parameters: delta (..., d), B and C (..., n) from u (..., d)."""
+    def scan_inputs(self, u):
+        """What u (..., d) makes of itself: delta (..., d), A (d, n), B and C (..., n)."""
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
-        return F.softplus(at_least_fp32(self.dt_proj(dt))), B, C
+        delta = F.softplus(at_least_fp32(self.dt_proj(dt)))
+        return delta, -torch.exp(at_least_fp32(self.A_log)), B, C
 
     def forward(self, x):
         u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d) each
         u = F.silu(causal_conv(u, self.conv1d))
-        delta, B, C = self.ssm_inputs(u)
-        y = selective_scan(u, delta, -torch.exp(at_least_fp32(self.A_log)), B, C, self.D)
+        y = selective_scan(u, *self.scan_inputs(u), self.D)
         return self.out_proj(y * F.silu(gate))
 
-    def step(self, x, state):
+    def step(self, x, state=None):
         """One token: x (b, d_model), state (last d_conv - 1 conv inputs, h (b, d, n)) -> y, state."""
-        past, h = state
-        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (b, d) each
-        window = torch.cat([past, u[:, None]], dim=1)
+        d, _, k = self.conv1d.weight.shape
+        past, h = state or (x.new_zeros(len(x), k - 1, d), x.new_zeros(len(x), *self.A_log.shape))
+        u, gate = self.in_proj(x).chunk(2, dim=-1)     # (b, d) each
+        window = torch.cat([past, u[:, None]], dim=1)  # (b, d_conv, d)
         u = F.silu(einsum(window, self.conv1d.weight[:, 0], "b k d, d k -> b d") + self.conv1d.bias)
-        delta, B, C = self.ssm_inputs(u)
-        decay = torch.exp(delta[:, :, None] * -torch.exp(at_least_fp32(self.A_log)))
-        h = decay * h + (delta * u)[:, :, None] * B[:, None, :]
+        delta, A, B, C = self.scan_inputs(u)
+        h = torch.exp(delta[:, :, None] * A) * h + (delta * u)[:, :, None] * B[:, None, :]
         y = einsum(h, C, "b d n, b n -> b d") + self.D * u
         return self.out_proj(y * F.silu(gate)), (window[:, 1:], h)
 
@@ -299,7 +274,10 @@ class Block(nn.Module):
         return x + self.mixer(self.norm(x))
 
 
-class Mamba(nn.Module):
+class Mamba(LanguageModel):
+    token_embedding = property(lambda self: self.backbone.embedding)
+    final_norm = property(lambda self: self.backbone.norm_f)
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -308,93 +286,71 @@ class Mamba(nn.Module):
             layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             norm_f=nn.RMSNorm(config.d_model, eps=1e-5)))
         # the projections keep PyTorch's initialisation, as in the reference; the embedding is redrawn
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def layers(self):
         return self.backbone.layers
 
-    def features(self, idx, every=False):
-        """Token ids (b, l) -> what the head reads, (b, l, d_model); `every`: behind each layer, a stack."""
-        x = self.backbone.embedding(idx)
-        outputs = []
-        for layer in self.layers():
-            x = layer(x)
-            if every:
-                outputs.append(x)
-        return self.backbone.norm_f(torch.stack(outputs) if every else x)
+    def embed(self, idx):
+        return self.token_embedding(idx)
 
-    def head(self, x):
-        return F.linear(x, self.backbone.embedding.weight)
-
-    def forward(self, idx):
-        """Token ids (b, l) -> logits (b, l, vocab_size); the head is tied to the embedding."""
-        return self.head(self.features(idx))
-
-    def step(self, token, state=None):
-        """One token in constant time and memory: token (b,), state of the last call (None: at the start)
-        -> logits (b, vocab_size), state. Equal to the last position of `forward`."""
-        x = self.backbone.embedding(token)
-        new_state = []
-        for i, layer in enumerate(self.layers()):
-            if state is None:
-                d, n = layer.mixer.A_log.shape
-                taps = layer.mixer.conv1d.kernel_size[0]
-                past = x.new_zeros(len(x), taps - 1, d), x.new_zeros(len(x), d, n)
-            else:
-                past = state[i]
-            y, past = layer.mixer.step(layer.norm(x), past)
+    def step(self, token, states=None):
+        """One token in constant time and memory: token (b,), states of the last call (None: at the start)
+        -> logits (b, vocab_size), states. Equal to the last position of `forward`."""
+        x, new_states = self.embed(token), []
+        for layer, state in zip(self.layers(), states or [None] * len(self.layers())):
+            y, state = layer.mixer.step(layer.norm(x), state)
             x = x + y
-            new_state.append(past)
-        return self.head(self.backbone.norm_f(x)), new_state
+            new_states.append(state)
+        return self.head(self.final_norm(x)), new_states
 
 
 # -------------------------------------------------------------------------------------------------------
-# The check and the benchmark.
-
-
-def example(b, l, d, n, device="cpu", dtype=torch.float32):
-    """Random arguments of the scan, in the range of a fresh model, that take gradients."""
-    random = torch.Generator(device).manual_seed(0)
-    normal = lambda *size: torch.randn(*size, generator=random, device=device, dtype=dtype)
-    u, delta, A = normal(b, l, d), F.softplus(normal(b, l, d) - 3), -normal(d, n).exp()
-    B, C, D = normal(b, l, n), normal(b, l, n), normal(d)
-    return [x.requires_grad_() for x in (u, delta, A, B, C, D)]
+# The check and the timing.
 
 
 def forward_and_gradients(function, arguments):
     y = function(*arguments)
-    return y, *torch.autograd.grad(y, arguments, torch.ones_like(y))
+    return y.detach(), *torch.autograd.grad(y, arguments, torch.ones_like(y))
+
+
+def device_ms(function):
+    """Median time of a call. On a GPU as ten calls in a CUDA graph, without Python, which takes longer."""
+    if not torch.cuda.is_available():
+        return median_ms(function)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            function()
+    return median_ms(graph.replay)[0] / 10
 
 
 def main():
+    Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"selective scan, forward and backward, ms (medians of 15; {device}, fp32)\n"
-          "(b, l, d, n)              compile, s   one exp pass   loop   scan   scan/exp   loop/scan   "
-          "largest difference")
+    shapes = dict(cpu=[(64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
+                  cuda=[(256, 31, 768, 16), (64, 247, 768, 16)])
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
-    compiled = torch.compile(selective_scan, dynamic=False)  # as in a compiled model
-    for shape in ((64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)):
-        arguments = example(*shape, device)
-        begin = time.perf_counter()
-        got = forward_and_gradients(compiled, arguments)  # the first call compiles
-        seconds = time.perf_counter() - begin
-        pairs = zip(got, forward_and_gradients(selective_scan_ref, arguments))
-        difference = max((x - y).abs().max() / y.abs().max() for x, y in pairs)
-        x, y = torch.randn(2, *shape, device=device)
-        bare, fast = median_ms(lambda: torch.exp(x, out=y),  # into memory that is there: no page faults
-                               lambda: forward_and_gradients(compiled, arguments))
-        loop, = median_ms(lambda: forward_and_gradients(selective_scan_ref, arguments))
-        print(f"{str(shape):<25}{seconds:11.1f}{bare:15.1f}{loop:7.0f}{fast:7.1f}"
-              f"{fast / bare:11.1f}{loop / fast:12.1f}{difference:21.1e}", flush=True)
+    block_scan = torch.compile(selective_scan, dynamic=False)  # as in a compiled block
+    source, target = torch.empty(2, 2**26, device=device)
+    copy_ms = device_ms(lambda: target.copy_(source))
+    print(f"selective scan, forward and backward, fp32, {device}; a copy: {8 * len(source) / copy_ms / 1e9:.3f} TB/s\n"
+          "(b, l, d, n)           loop, ms   scan, ms   loop / scan   TB/s   largest difference", flush=True)
+    for b, l, d, n in shapes[device]:
+        sizes = (b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,)
+        u, delta, A, B, C, D = (torch.randn(size, device=device) for size in sizes)
+        arguments = [v.requires_grad_() for v in (u, F.softplus(delta - 3), -A.exp(), B, C, D)]
+        loop, scan = (partial(forward_and_gradients, f, arguments) for f in (selective_scan_ref, block_scan))
+        difference = max((v - w).abs().max() / w.abs().max() for v, w in zip(scan(), loop()))
+        loop_ms, scan_ms = median_ms(loop, repeats=3)[0], device_ms(scan)
+        # what must move: forward x, delta, B, C and y; backward the first four, dy, and their gradients
+        scan_bytes = 4 * (8 * b * l * d + 6 * b * l * n)
+        print(f"{(b, l, d, n)!s:<20}{loop_ms:11.0f}{scan_ms:11.2f}{loop_ms / scan_ms:14.1f}"
+              f"{scan_bytes / scan_ms / 1e9:7.3f}{difference:21.1e}", flush=True)
 
-    task, batch_size = PathStar(2, 5, 50), 64
-    model = Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device)  # the quick preset
-    print(f"\na training step on {task} (medians of 15; {device})")
-    d, n = model.config.expand * model.config.d_model, model.config.d_state
-    arguments = example(batch_size, task.seq_len - 1, d, n, device)
-    scans = lambda: [forward_and_gradients(compiled, arguments) for _ in model.layers()]
-    time_step(model, task, batch_size, scans)
+    task = PathStar(2, 5, 50)
+    time_step(Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device), task, batch_size=64)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,378 +1,380 @@
-"""Train a GPT or a Mamba to find the path in a star graph: by teacher forcing, teacherless, or reversed.
+"""Train a GPT or a Mamba to find the path in a star graph, in one of three ways.
 
-    python train.py --model mamba --teacherless          # from scratch: solves G(2,5)
-    python train.py --model mamba                        # standard training: stays at a coin flip, 1/d
-    python train.py --preset paper                       # the paper's sizes and optimiser, for a GPU
+    python train.py --model mamba --teacherless     # the cure: finds the paths of G(2,5)
+    python train.py --model mamba                   # standard training: stays at a coin flip, 1/d
+    python train.py --teacherless --plain           # the paper's teacherless objective, nothing added
+    python train.py --reverse --deg 5               # the path written goal first, on another graph
 
-A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (one JSON object an evaluation:
-step, samples, loss, accuracy, token_accuracy, seconds, lr, ...; accuracies are fractions of 1). Ctrl-C
-saves; --resume goes on, to the bit.
+A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (a JSON object an evaluation: step,
+samples, loss, accuracy, token_accuracy, seconds, ...; accuracies are fractions of 1). Ctrl-C saves;
+--resume goes on, on a CPU to the bit.
 """
 import argparse
 import contextlib
-import io
+import copy
+import datetime
+import hashlib
 import json
 import math
 import os
-import shutil
+import platform
+import re
+import shlex
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import mamba
-from data import (Batches, Parser, UserError, identities, inputs, number, sample_train_set,
-                  some_path, without)
-from eval import (FREE, build, evaluate, full_objective, load_flag, load_run, objective, percent,
-                  pick_device, test_graphs)
+from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities, inputs, number, run_script,
+                  some_path, whole_file, without)
+from eval import FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device
+from model import Recorded, compiler_failed, configure_optimizers
 
-PRESETS = {
-    # minutes on two CPU cores: one recipe for every objective; a dict holds what differs between models
-    "quick": dict(n_layer=8, n_embd=64, n_head=4, short_conv=4, d_state=32, a_scale=0.01, ahead=1.0,
-                  batch_size=64, optimizer=dict(gpt="adamw", mamba="muon"), lr=dict(gpt=5e-3, mamba=1e-2),
-                  weight_decay=0.0, warmup=100, max_steps=10_000, cooldown=dict(gpt=1000, mamba=2000)),
-    # the paper's GPT-Mini and its AdamW (sections 5 and B): hours on one GPU
-    "paper": dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0, ahead=0.0,
-                  batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
-                  warmup=100, max_steps=390_500, cooldown=0),
-}
-CHECK_EVERY = 50   # steps between looks at the losses and at the share of training graphs solved, and
-SOLVED = 0.7       # the share from which the learning rate is brought down
-QUICK_TEST = 500   # test graphs of an evaluation on the way; the whole set decides if a run is solved
+LOOK_EVERY = 50  # steps between looks at the loss
+
+
+def preset(s):
+    """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
+    if s["preset"] == "paper":  # GPT-Mini and its AdamW (sections 5 and B): an hour on a GPU
+        return dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0, ahead=0.0,
+                    deep=False, batch_size=256, max_steps=390_500, optimizer="adamw", lr=5e-4,
+                    weight_decay=0.01, warmup=100, average=0.0)
+    cure, mamba, large = s["teacherless"] and not s["plain"], s["model"] == "mamba", s["num_nodes"] > 64
+    return dict(
+        ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
+        deep=cure,
+        n_layer=s["path_len"] + 3,     # a look-up takes a layer, and a path path_len - 2 of them
+        n_embd=128 if large else 64,   # room for the codes of all node values
+        n_head=4,
+        short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
+        d_state=64 if large else 32,   # a Mamba looks a node up by this many numbers
+        a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
+        batch_size=256 if large else 64,  # of more nodes a smaller batch says too little
+        optimizer="muon" if mamba else "adamw",  # with AdamW a Mamba takes a third more steps
+        lr=1e-2 if mamba else 3e-3,    # the highest at which every graph was learnt
+        weight_decay=0.0,              # 200,000 graphs are seen a few times at most
+        warmup=100,
+        average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
+        max_steps=10_000)
 
 
 # -------------------------------------------------------------------------------------------------------
-# Settings.
+# The loss: what all of this is about.
 
 
-def flags():
-    """name -> default (None: the preset's), argparse options."""
-    whole = lambda least, most=10**9: dict(type=number(int, least, most))
-    real = lambda least, most: dict(type=number(float, least, most))
-    switch, path = dict(action="store_true"), dict(type=some_path)
-    return {
-        "preset": ("quick", dict(choices=PRESETS), "settings to start from; any flag given beside it wins"),
-        "model": ("gpt", dict(choices=("gpt", "mamba")), "the architecture"),
-        "teacherless": (False, switch, "feed `$` in place of the answer and predict all of it in one pass"),
-        "reverse": (False, switch, "write the path goal first"),
-        "ahead": (None, real(0, 100),
-                  "weight of a second loss: each answer position also predicts the nodes after its own; "
-                  "0, as without --teacherless unless given: the paper's objective"),
-        "deep": (False, switch, "take both losses behind every layer, not the last alone"),
-        "deg": (2, whole(1, 10_000), "arms of the graph, d"),
-        "path_len": (5, whole(2, 10_000), "nodes of the path, l"),
-        "num_nodes": (50, whole(2, 10_000), "node values, N"),
-        "n_train": (200_000, whole(0, 10**8), "training graphs; 0: fresh ones at every step"),
-        "n_test": (10_000, whole(1, 10**7), "test graphs"),
-        "train_file": (None, path, "train on this file of official text"),
-        "test_file": (None, path, "test on this file of official text"),
-        "n_layer": (None, whole(1, 1000), "blocks"),
-        "n_embd": (None, whole(1, 10_000), "width of the residual stream"),
-        "n_head": (None, whole(1, 10_000), "attention heads (gpt)"),
-        "short_conv": (None, whole(0, 100), "taps of the causal convolution on q, k and v (gpt); 0: none"),
-        "d_state": (None, whole(1, 10_000), "states of a channel (mamba)"),
-        "a_scale": (None, real(1e-6, 1e6),
-                    "decay rates of the states at the start: -X, -2X, ... (mamba); 1: the reference's"),
-        "batch_size": (None, whole(1, 10**6), "graphs a step"),
-        "max_steps": (None, whole(1), "steps at most"),
-        "optimizer": (None, dict(choices=("muon", "adamw")),
-                      "muon (with AdamW for all but the hidden matrices) or adamw"),
-        "lr": (None, real(0, 10), "learning rate of AdamW"),
-        "muon_lr": (0.01, real(0, 10), "learning rate of Muon"),
-        "weight_decay": (None, real(0, 10), "weight decay of the hidden matrices"),
-        "warmup": (None, whole(0), "steps of linear warm-up"),
-        "cooldown": (None, whole(0),
-                     f"steps of decay at the end, which comes when {SOLVED:.0%}% of the training "
-                     "graphs are answered right, at the latest at max_steps; 0: a constant rate"),
-        "eval_every": (250, whole(1), "steps between evaluations"),
-        "stop_at": (0.999, real(0, 1), "exact match on the test set at which to stop; 0: never"),
-        "seed": (0, whole(0, 2**32 - 1), "seed of the weights and of the training graphs"),
-        "device": ("auto", {}, "cuda, mps or cpu; auto: the first one there"),
-        "dtype": ("auto", dict(choices=("auto", "float32", "bfloat16")),
-                  "of the matrix products; auto: bfloat16 on CUDA"),
-        "compile": (True, dict(action=argparse.BooleanOptionalAction),
-                    "torch.compile the blocks and the scan"),
-        "out_dir": (None, path, "the run's folder (default: out/ and a name made from the settings)"),
-        "resume": (False, switch, "go on with the run in the folder"),
-    }
+def loss(model, maps, task, prefix, target, s):
+    """The training loss of a batch: prefix (b, prefix_len), target (b, l), settings s -> two scalars, the
+    cross-entropy of the answer and of what is added to it, in nats a token.
+
+    With `s["ahead"]` 0 and `s["deep"]` False it is the paper's objective: next-token prediction (eq. 2), or
+    with `s["teacherless"]` multi-token prediction from dummies (eq. 5).
+    """
+    cross_entropy = lambda x, y: F.cross_entropy(model.head(x).float().flatten(0, -2), y.flatten())
+
+    # Standard training feeds the true path, so that each next node can be looked up from the one before it:
+    # the Clever Hans cheat. Teacherless training feeds `$`: nothing but the prefix tells the path.
+    fed = inputs(task, prefix, target, s["teacherless"])  # (b, seq_len - 1)
+
+    # What the head reads at the answer's positions, (b, l, d). Deep: behind every layer, (n_layer, b, l, d),
+    # or else the last layers learn the first look-ups, and then there is no layer left for the next one.
+    x = model.features(fed, s["deep"], task.target_len)
+    target = target.expand(x.shape[:-1])
+    answer = cross_entropy(x, target)
+    if not s["ahead"]:
+        return answer, answer.new_zeros(())
+
+    # Look-ahead: position i also predicts each node j > i, through a map for the distance j - i that is
+    # thrown away after training (multi-token prediction, Gloeckle et al. 2024). The path is found by look-ups
+    # from the goal backwards; what one finds must be kept for the next one where it is no answer yet.
+    l = task.target_len
+    i, j = torch.triu_indices(l, l, 1, device=x.device)  # all pairs i < j
+    later = maps(x).unflatten(-1, (l - 1, -1))            # (..., l, distance - 1, d)
+    return answer, s["ahead"] * cross_entropy(later[..., i, j - i - 1, :], target[..., j])
+
+
+# -------------------------------------------------------------------------------------------------------
+# Settings: a flag that is given beats the preset.
+
+DEFAULTS = dict(preset="quick", model="gpt", teacherless=False, reverse=False, plain=False, deg=2, path_len=5,
+                num_nodes=50, n_train=200_000, n_test=10_000, train_file=None, test_file=None, muon_lr=0.01,
+                eval_every=250, stop_at=0.993, seed=0, device="auto", dtype="float32", compile=True,
+                cuda_graph=True, out_dir=None, resume=False)
 
 
 def parse(argv=None):
     """The command line -> parser, the flags that were given (dict)."""
     parser = Parser(__doc__)
-    for name, (default, options, text) in flags().items():
-        shown = "the preset's" if default is None and name in PRESETS["quick"] else default
-        if "type" in options:
-            options["metavar"] = "X"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
-                            help=f"{text} (default {shown})", **options)
+    whole = lambda least, most=10**9: dict(type=number(int, least, most), metavar="X")
+    real = lambda least, most: dict(type=number(float, least, most), metavar="X")
+    path, yes = dict(type=some_path, metavar="PATH"), dict(action="store_true")
+    yes_or_no = dict(action=argparse.BooleanOptionalAction)
+
+    def add(flag, text, **options):
+        default = DEFAULTS.get(flag[2:], "the preset's")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} (default {default})", **options)
+
+    add("--preset", "what flags not given are set to", choices=("quick", "paper"))
+    add("--model", "the architecture", choices=("gpt", "mamba"))
+    add("--teacherless", "feed `$` in place of the answer and predict all of it in one pass", **yes)
+    add("--reverse", "write the path goal first", **yes)
+    add("--plain", "teacherless training as in the paper: the same as --ahead 0 --no-deep", **yes)
+    add("--ahead", "weight of the look-ahead; 1 in teacherless training, else 0", **real(0, 100))
+    add("--deep", "take the losses behind every layer; so in teacherless training", **yes_or_no)
+    add("--deg", "arms of the graph, d", **whole(1, 10_000))
+    add("--path_len", "nodes of the path, l", **whole(2, 10_000))
+    add("--num_nodes", "node values, N", **whole(2, 10_000))
+    add("--n_train", "training graphs; 0: fresh ones at every step", **whole(0, 10**7))
+    add("--n_test", "test graphs", **whole(1, 10**6))
+    add("--train_file", "train on this file of official text", **path)
+    add("--test_file", "test on this file of official text", **path)
+    add("--n_layer", "blocks", **whole(1, 1000))
+    add("--n_embd", "width of the residual stream", **whole(1, 10_000))
+    add("--n_head", "attention heads (gpt)", **whole(1, 10_000))
+    add("--short_conv", "taps of the causal convolution on q, k and v (gpt); 0: none", **whole(0, 100))
+    add("--d_state", "states of a channel (mamba)", **whole(1, 10_000))
+    add("--a_scale", "decay rates of the states at the start: -X, -2X, ... (mamba)", **real(1e-6, 1e6))
+    add("--batch_size", "graphs a step", **whole(1, 10**6))
+    add("--max_steps", "steps at most", **whole(1))
+    add("--optimizer", "muon, for the blocks' matrices and with AdamW for the rest, or adamw",
+        choices=("muon", "adamw"))
+    add("--lr", "learning rate of AdamW", **real(0, 10))
+    add("--muon_lr", "learning rate of Muon", **real(0, 10))
+    add("--weight_decay", "of the blocks' matrices", **real(0, 10))
+    add("--warmup", "steps of linear warm-up; then the rate is constant", **whole(0))
+    add("--average", "share of a running average of the weights that stays at each step; the average is what "
+        "is evaluated; 0: the weights themselves", **real(0, 1))
+    add("--eval_every", "steps between evaluations", **whole(1))
+    add("--stop_at", "exact match of validation graphs, twice in a row, at which to stop; 0: never", **real(0, 1))
+    add("--seed", "seed of the weights and of the training graphs", **whole(0, 2**32 - 1))
+    add("--device", "cuda, mps or cpu; auto: the first one there")
+    add("--dtype", "of the matrix products", choices=("float32", "bfloat16"))
+    add("--compile", "torch.compile the blocks and the scan", **yes_or_no)
+    add("--cuda_graph", "on CUDA, record a step once and replay it", **yes_or_no)
+    add("--out_dir", "the run's folder; else out/ and a name made from the settings", **path)
+    add("--resume", "go on with the run in the folder", **yes)
     return parser, vars(parser.parse_args(argv))
 
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for flags that contradict each other."""
-    settings = {name: default for name, (default, _, _) in flags().items()}
-    settings |= given
-    for name, value in PRESETS[settings["preset"]].items():
-        value = value[settings["model"]] if isinstance(value, dict) else value
-        settings[name] = given.get(name, value)
-    if not settings["teacherless"] and "ahead" not in given:
-        settings["ahead"] = 0.0  # standard training is the paper's
-    without_effect = [("n_head", "model", "mamba"), ("short_conv", "model", "mamba"),
-                      ("d_state", "model", "gpt"), ("a_scale", "model", "gpt"),
-                      ("muon_lr", "optimizer", "adamw")]
-    for name, other, value in without_effect:
-        if name in given and settings[other] == value:
-            raise UserError(f"--{name} {given[name]}: has no effect with --{other} {value}; leave it out")
-    for name, other in (("n_train", "train_file"), ("n_test", "test_file")):
-        if name in given and other in given:
-            raise UserError(f"--{name} {given[name]}: has no effect with --{other}; leave one of them out")
-    if 0 < settings["n_train"] < settings["batch_size"] and not settings["train_file"]:
-        raise UserError(f"--batch_size {settings['batch_size']}: "
-                        f"at most the {settings['n_train']} graphs of --n_train")
-    return settings
+    s = DEFAULTS | given
+    s |= preset(s) | given
+    mamba, gpt = s["model"] == "mamba", s["model"] == "gpt"
+    for name, useless, other in (("n_head", mamba, "--model mamba"), ("short_conv", mamba, "--model mamba"),
+                                 ("d_state", gpt, "--model gpt"), ("a_scale", gpt, "--model gpt"),
+                                 ("muon_lr", s["optimizer"] == "adamw", "--optimizer adamw"),
+                                 ("n_train", s["train_file"], "--train_file"),
+                                 ("n_test", s["test_file"], "--test_file"),
+                                 ("plain", not s["teacherless"], "training that is not --teacherless"),
+                                 ("plain", s["ahead"] or s["deep"], "--ahead or --deep")):
+        if name in given and useless:
+            raise UserError(f"--{name} {given[name]}: has no effect with {other}; leave one of them out")
+    if 0 < s["n_train"] < s["batch_size"] and not s["train_file"]:
+        raise UserError(f"--batch_size {s['batch_size']}: at most the {s['n_train']} graphs of --n_train")
+    return s
 
 
-def default_folder(given, settings):
+def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = ("preset", "model", "teacherless", "reverse", "deg", "path_len", "num_nodes",
-            "seed", "resume", *FREE)
-    extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given) if name not in said]
-    preset = [] if settings["preset"] == "quick" else [settings["preset"]]
-    graph = f"G{settings['deg']},{settings['path_len']}-N{settings['num_nodes']}"
-    parts = [settings["model"], objective(settings).replace(" ", "_"), graph, *preset, *extra]
-    return Path("out", "-".join([*parts, f"seed{settings['seed']}"]))
-
-
-def pick_dtype(name, device):
-    """--dtype -> dtype of the matrix products."""
-    bf16 = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if name == "bfloat16" and not bf16:
-        raise UserError(f"--dtype bfloat16: not on this {device.type} device; float32 works")
-    chosen = name == "bfloat16" or name == "auto" and device.type == "cuda" and bf16
-    return torch.bfloat16 if chosen else torch.float32
+    said = {"model", "teacherless", "reverse", "plain", "ahead", "deep", "deg", "path_len", "num_nodes", "seed"}
+    extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said - {*FREE, "resume"})]
+    parts = [s["model"], objective(s).replace(" ", ""), f"G{s['deg']},{s['path_len']}-N{s['num_nodes']}"]
+    return Path("out", "-".join([*parts, *extra, f"seed{s['seed']}"]))
 
 
 # -------------------------------------------------------------------------------------------------------
-# Optimisation.
+# A run: what a checkpoint holds or the settings rebuild, and one iteration.
 
 
-def parameter_groups(model):
-    """Named, disjoint and complete: the matrices of the blocks, which Muon takes and weight decay
-    shrinks, and the rest (embeddings, norms, biases, convolutions, and Mamba's A_log and D, which have
-    two and one dimension but are no maps)."""
-    groups = {"matrices": {}, "rest": {}}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    for name, p in model.named_parameters():
-        groups["matrices" if id(p) in linear else "rest"][name] = p
-    return groups
+class Run:
+    def __init__(self, settings):
+        self.settings = s = settings
+        self.device = pick_device(s["device"])
+        dtype = getattr(torch, s["dtype"])
+        self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        torch.compiler.set_stance("default" if s["compile"] else "force_eager")
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA; nothing changes on a CPU
 
+        # the weights are drawn on the CPU, so that a seed means the same on every device
+        torch.manual_seed(s["seed"])
+        self.task, model = build(s)
+        width, distances = s["n_embd"], self.task.target_len - 1
+        maps = nn.Linear(width, distances * width, bias=False) if s["ahead"] else nn.Identity()
+        self.average = copy.deepcopy(model).requires_grad_(False).to(self.device)
+        self.model, self.maps = model.to(self.device), maps.to(self.device)
+        for block in [*self.model.layers(), *self.average.layers()]:
+            block.compile(dynamic=False)
+        self.optimizers = configure_optimizers(nn.ModuleList([self.model, self.maps]), s["optimizer"],
+                                               s["lr"], s["muon_lr"], s["weight_decay"])
+        self.step, self.seconds, self.log, self.recent_loss = 0, 0.0, [], 0.0
+        self.count = torch.zeros((), device=self.device)     # of steps, for the rate and the average
+        self.loss_sum = torch.zeros((), device=self.device)  # of the answer, since the last evaluation
+        recorded = self.device.type == "cuda" and s["cuda_graph"]
+        self.iterate_ = Recorded(self.iterate) if recorded else self.iterate
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with all matrices of one shape as one batch: one by one, a Mamba's 33 small ones
-    are 759 operations in place of 100, a tenth of its step on a CPU, and launches on a GPU."""
+        # the training graphs, those that decide when to stop, and those that tell what was learnt: all others
+        test, graphs = self.load("test_file"), self.load("train_file")
+        self.validation, self.test = held_out(self.task, s["n_test"], test)
+        taken = {*identities(self.validation), *identities(self.test)}
+        if graphs:
+            graphs = without(graphs, taken)
+            if len(graphs.prefix) < s["batch_size"]:
+                raise UserError(f"--train_file {s['train_file']}: has {len(graphs.prefix)} graphs that are not "
+                                f"held out, fewer than --batch_size {s['batch_size']}")
+        elif s["n_train"]:
+            graphs = draw(self.task, s["n_train"], taken, TRAIN, s["seed"])
+        self.batches = Batches(self.task, s["batch_size"], s["seed"], self.device, graphs, taken)
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            batches = {}
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                batches.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in batches.items():
-                grads = [p.grad for p in params]
-                momenta = [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = self.orthogonal(torch.stack(nesterov), group).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                lr = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(params, update.unbind(), alpha=-lr)
+    def load(self, flag):
+        """The Graphs of the file that a flag names, None if it names none; a run knows a file by its content."""
+        s = self.settings
+        if s[flag]:
+            graphs, path = load_flag(flag, s[flag], self.task), Path(s[flag]).absolute()
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            if s.setdefault(f"{flag}_sha256", content) != content:
+                raise UserError(f"--{flag} {path}: is not the file that this run began with; name that one")
+            s[flag] = str(path)
+            return graphs
 
-    @staticmethod
-    def orthogonal(x, group):
-        """x (k, rows, columns) -> about the nearest matrices with orthonormal rows or columns, bfloat16:
-        Newton-Schulz iteration on the side that is shorter."""
-        a, b, c = group["ns_coefficients"]
-        tall = x.shape[1] > x.shape[2]
-        x = (x.mT if tall else x).bfloat16()
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.mT if tall else x
+    def iterate(self, prefix, target):
+        """One iteration: the loss, its gradient, the optimisers, the average. Only tensors of fixed places
+        and shapes, and nothing that waits for the device, so that a GPU can record it."""
+        with self.autocast():
+            answer, added = loss(self.model, self.maps, self.task, prefix, target, self.settings)
+        (answer + added).backward()
 
+        # a linear warm-up, then a constant rate
+        rate = ((self.count + 1) / max(1, self.settings["warmup"])).clamp(max=1)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["base_lr"]
+            optimizer.step()
+            optimizer.zero_grad()
 
-def make_optimizers(model, settings):
-    """The optimisers of a run; `base_lr` in each group is its rate before the schedule."""
-    matrices, rest = (list(group.values()) for group in parameter_groups(model).values())
-    adamw = [dict(params=rest, lr=settings["lr"], weight_decay=0.0)]
-    optimizers = []
-    if settings["optimizer"] == "muon":
-        muon = Muon(matrices, lr=settings["muon_lr"], weight_decay=settings["weight_decay"])
-        optimizers.append(muon)
-    else:
-        adamw.append(dict(params=matrices, lr=settings["lr"], weight_decay=settings["weight_decay"]))
-    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
+        # In place of a decay of the rate an average of the weights (Polyak): avg <- b avg + (1 - b) w. At
+        # first b is 1 - 1/step, the plain mean; with b = 0 it is the weights themselves.
+        b = (1 - 1 / (self.count + 1)).clamp(max=self.settings["average"])
+        averages, weights = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
+        torch._foreach_mul_(averages, b)
+        torch._foreach_add_(averages, torch._foreach_mul(weights, 1 - b))
+        self.count += 1
+        self.loss_sum += answer.detach()
 
+    def train_step(self):
+        self.iterate_(*self.batches(self.step))
+        self.step += 1
 
-def last_step(settings, solved_at):
-    """The step at which training ends: max_steps, or `cooldown` steps after its graphs were solved."""
-    if solved_at is None or not settings["cooldown"]:
-        return settings["max_steps"]
-    return min(settings["max_steps"], solved_at + settings["cooldown"])
+    def evaluate(self, graphs, name):
+        """Measure the average -> a line of the log (dict)."""
+        with self.autocast():
+            result = evaluate(self.average, self.task, graphs, self.settings["teacherless"])
+        return dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.recent_loss,
+                    accuracy=result.pop("accuracy"), token_accuracy=result.pop("token_accuracy"),
+                    seconds=round(self.seconds, 1), test_loss=result.pop("loss"), graphs=name, **result)
 
+    def check(self):
+        """Look at the loss; raise FloatingPointError if it, or a weight, is not finite any more."""
+        if since := self.step - (self.log[-1]["step"] if self.log else 0):
+            self.recent_loss = self.loss_sum.item() / since
+        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        if not (math.isfinite(self.recent_loss) and norms.isfinite().all()):
+            raise FloatingPointError(f"the loss or a weight was not finite at or before step {self.step}")
 
-def rate(step, settings, solved_at):
-    """The learning rate at a step, a share of its base: warm-up, plateau, decay to 0 at the end.
+    def finished(self):
+        """At the last step, or solved as two evaluations in a row say."""
+        solved = [line["accuracy"] >= self.settings["stop_at"] > 0 for line in self.log[-2:]]
+        return self.step >= self.settings["max_steps"] or solved == [True, True]
 
-    The paths are learnt hop by hop from the goal, each as a sharp jump, at steps that nobody knows
-    beforehand: a rate that decays by the clock starves the last hop, one that never decays stays at
-    about 95 %. So the decay follows the progress. Its shape, 1 - sqrt, spends most of it at low rates.
-    """
-    warm = min(1, (step + 1) / max(1, settings["warmup"]))
-    cooldown = min(settings["cooldown"], settings["max_steps"] // 2)
-    if not cooldown:
-        return warm
-    done = 1 - (last_step(settings, solved_at) - step) / cooldown
-    return warm * (1 - math.sqrt(max(0, min(1, done))))
+    MODULES = dict(model="average", weights="model", maps="maps")  # name in the checkpoint -> here
+
+    def state_dict(self):
+        return dict({name: getattr(self, here).state_dict() for name, here in self.MODULES.items()},
+                    optimizers=[o.state_dict() for o in self.optimizers], loss_sum=self.loss_sum.item(),
+                    step=self.step, seconds=self.seconds, log=self.log, settings=self.settings)
+
+    def load_state_dict(self, state):
+        for name, here in self.MODULES.items():
+            getattr(self, here).load_state_dict(state[name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.count.fill_(self.step)
+        self.loss_sum.fill_(state["loss_sum"])
 
 
 # -------------------------------------------------------------------------------------------------------
-# The run's folder. It appears whole, by renaming, and every file in it is replaced whole: so whenever a
-# run is killed, what lies there can be resumed and evaluated.
+# The run's folder. Every file in it is replaced whole: whenever a run is killed, what lies there can be
+# resumed and evaluated.
+
+FILES = ("config.json", "ckpt.pt", "log.jsonl")
 
 
 @contextlib.contextmanager
-def disk(folder):
-    """Turn what the file system refuses into one line."""
+def hold(folder, resume):
+    """Have a folder for this run, alone where the system has locks; a start that fails leaves nothing."""
+    made, lock = not folder.exists(), None
+    if resume and not folder.is_dir():
+        raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        started = (folder / "ckpt.pt").exists()  # what is there without it, a start that was killed has left
+        if not resume and (started or set(os.listdir(folder)) - {x + end for x in FILES for end in ("", ".tmp")}):
+            raise UserError(f"--out_dir {folder}: holds {'a run' if started else 'something else'} already; "
+                            "--resume goes on with a run, another folder starts a new one")
+        with contextlib.suppress(ImportError, PermissionError):  # a system without locks
+            import fcntl
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise UserError(f"--out_dir {folder}: another process is writing this run") from None
     except OSError as error:
         raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); "
                         "nothing there was overwritten") from None
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if made and not (folder / "ckpt.pt").exists() and folder.exists():
+            for name in os.listdir(folder):
+                (folder / name).unlink()
+            folder.rmdir()
 
 
-def write_whole(path, content):
-    """Write a file so that it holds, at every moment, all of the old content or all of the new."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def save(run, folder, *last_line):
+    """Write a run; `last_line` of its log is of the test set, which no checkpoint knows."""
+    with whole_file(folder / "config.json") as file:
+        file.write((json.dumps(run.settings, indent=1) + "\n").encode())
+    with whole_file(folder / "ckpt.pt") as file:
+        torch.save(run.state_dict(), file)
+    with whole_file(folder / "log.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in [*run.log, *last_line]).encode())
 
 
-def write_settings(folder, settings):
-    write_whole(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
-
-
-def save_checkpoint(folder, state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_whole(folder / "ckpt.pt", buffer.getvalue())
-
-
-def lock(folder):
-    """Hold the folder until this process ends, however it ends. Where there is no flock, do without."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out_dir {folder}: another process is writing this run") from None
-
-
-def create_folder(folder, settings, state):
-    """Make the folder of a new run, with its settings and its first checkpoint."""
-    with disk(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "a run already" if (folder / "config.json").exists() else "something else"
-            raise UserError(f"--out_dir {folder}: holds {what}; --resume goes on with a run, "
-                            "another folder starts a new one")
-        new = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")
-        new.mkdir(parents=True)
-        try:
-            lock(new)
-            write_settings(new, settings)
-            save_checkpoint(new, state)
-            write_whole(new / "log.jsonl", b"")
-            os.rename(new, folder)
-        except OSError:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-
-
-# -------------------------------------------------------------------------------------------------------
-# The run.
-
-
-def load_graphs(task, settings):
-    """The training graphs (None: fresh ones at every step) and the test graphs; they share none."""
-    test = test_graphs(settings, task)
-    if settings["train_file"]:
-        everything = load_flag("train_file", settings["train_file"], task)
-        train = without(everything, set(identities(test)))
-        left_out = len(everything.prefix) - len(train.prefix)
-        if left_out > 0:
-            print(f"left out of the training set: {left_out:,} graphs that are test graphs")
-        if len(train.prefix) < settings["batch_size"]:
-            raise UserError(f"--train_file {settings['train_file']}: has {len(train.prefix)} graphs "
-                            f"to train on, fewer than --batch_size {settings['batch_size']}")
-        return train, test
-    if not settings["n_train"]:
-        return None, test
-    return sample_train_set(task, settings["n_train"], settings["seed"], test), test
-
-
-def check_memory(settings):
-    """Refuse, before anything is allocated, a model that this machine's memory cannot train."""
-    with torch.device("meta"):
-        _, model = build(settings)
-    needed = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient and two moments, fp32
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > there:
-        raise UserError(f"--n_embd {settings['n_embd']}, --n_layer {settings['n_layer']}: the model needs "
-                        f"{needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f}")
-
-
-def compiler_works(device):
-    """Whether torch.compile has what it needs here (on a CPU: a C++ compiler)."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
-        return True
-    except Exception as error:  # what the compiler raises differs by back end
-        print(f"no working compiler ({type(error).__name__}): running uncompiled, which is slower",
-              file=sys.stderr)
-        return False
-
-
-def minutes(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def provenance(argv, device):
+    """Where a result comes from -> dict, for the rows of eval.py --json."""
+    def git(*command):
+        with contextlib.suppress(OSError):  # there may be no git
+            done = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+    commit, name = git("rev-parse", "--short", "HEAD"), platform.processor()
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    with contextlib.suppress(OSError, IndexError):  # Linux alone has this file
+        name = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    return dict(command=f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}",
+                commit=commit and commit + changed, torch=str(torch.__version__), device=device.type,
+                device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+                python=platform.python_version(), threads=torch.get_num_threads(),
+                date=str(datetime.date.today()), resumed_at=[])
 
 
 def reopen(folder, given):
-    """Settings and checkpoint of the run to resume, now locked.
-
-    Raises UserError if the flags given ask for another run.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
-    lock(folder)
+    """Settings and checkpoint of the run to resume. Raises UserError if the flags ask for another run."""
     settings, state = load_run(folder)
     for name in given.keys() - {"resume", *FREE}:
         if given[name] != settings[name]:
@@ -381,237 +383,121 @@ def reopen(folder, given):
     return settings | {name: given[name] for name in FREE if name in given}, state
 
 
-def restore(run, state, folder):
-    """Put a run back to its checkpoint, and its log file with it: lines behind it are written again."""
+# -------------------------------------------------------------------------------------------------------
+# The loop, and what is said on the way.
+
+
+@contextlib.contextmanager
+def noted(signals):
+    """Note the signals that ask a run to stop in a list; a second one of a kind ends the run at once."""
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python lets no other thread do this
+    before = {n: signal.signal(n, note) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
     try:
-        run.load_state_dict(state)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / 'ckpt.pt'}: does not fit its settings ({reason})") from None
-    with disk(folder):
-        write_settings(folder, run.settings)
-        write_whole(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.log).encode())
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class Run:
-    """Everything that a checkpoint holds or the settings rebuild, and the two things done with it."""
-
-    def __init__(self, settings):
-        self.settings = settings
-        self.device = pick_device(settings["device"])
-        self.dtype = pick_dtype(settings["dtype"], self.device)
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA; nothing changes on a CPU
-        torch.manual_seed(settings["seed"])
-        check_memory(settings)
-        self.task, self.model = build(settings)
-        self.model.to(self.device)
-        # the look-ahead: a map for each distance, which training alone needs, so no part of the model
-        width, distances = settings["n_embd"], self.task.target_len - 1
-        self.ahead = (torch.nn.Linear(width, distances * width, bias=False, device=self.device)
-                      if settings["ahead"] else torch.nn.Identity())
-        self.optimizers = make_optimizers(torch.nn.ModuleList([self.model, self.ahead]), settings)
-        train_graphs, self.test = load_graphs(self.task, settings)
-        size, seed = settings["batch_size"], settings["seed"]
-        self.batches = Batches(self.task, size, seed, self.device, train_graphs)
-        self.step, self.seconds, self.solved_at, self.log = 0, 0.0, None, []
-        self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
-        self.hits = torch.zeros((), device=self.device)      # graphs answered right since the last check
-        self.losses = torch.zeros(CHECK_EVERY, device=self.device)  # of the steps since the last check
-        mamba.Kernel.enabled = settings["compile"]
-        if settings["compile"] and compiler_works(self.device):
-            for block in self.model.layers():
-                block.compile(dynamic=False)
-
-    SAVED = ("step", "seconds", "solved_at", "log", "loss_sum", "hits")
-
-    def state_dict(self):
-        return {name: getattr(self, name) for name in self.SAVED} | dict(
-            settings=self.settings, model=self.model.state_dict(), ahead=self.ahead.state_dict(),
-            optimizers=[o.state_dict() for o in self.optimizers])
-
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.ahead.load_state_dict(state["ahead"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        for name in self.SAVED:
-            value = state[name]
-            setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def look_ahead(self, x, target):
-        """The loss of what each answer position says of the nodes after its own: x (..., l, d),
-        target (..., l).
-
-        A node that is found in several look-ups from the goal needs those between at its own position,
-        where they are no answers: this keeps them there (multi-token prediction, Gloeckle et al. 2024).
-        """
-        l = self.task.target_len
-        i, j = torch.triu_indices(l, l, 1, device=x.device)  # a position, and each one after it
-        x = self.ahead(x).unflatten(-1, (l - 1, -1))          # (..., l, distance - 1, d)
-        logits = self.model.head(x[..., i, j - i - 1, :]).float()
-        return self.settings["ahead"] * F.cross_entropy(logits.flatten(0, -2), target[..., j].flatten())
-
-    def train_step(self):
-        """One step of gradient descent on the batch of this step. Nothing in it waits for the device."""
-        prefix, target = self.batches(self.step)
-        with self.autocast():
-            fed = inputs(self.task, prefix, target, self.settings["teacherless"])
-            x = self.model.features(fed, self.settings["deep"])[..., -self.task.target_len:, :]
-            logits = self.model.head(x).float()
-            target = target.expand(logits.shape[:-1])  # --deep: the same behind every layer
-            loss = F.cross_entropy(logits.flatten(0, -2), target.flatten())
-            ahead = self.look_ahead(x, target) if self.settings["ahead"] else 0
-        (loss + ahead).backward()
-        share = rate(self.step, self.settings, self.solved_at)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["base_lr"]
-            optimizer.step()
-            optimizer.zero_grad()
-        self.losses[self.step % CHECK_EVERY] = loss.detach()
-        self.loss_sum += loss.detach()
-        right = (logits.argmax(-1) == target).all(-1)
-        self.hits += right.view(-1, len(prefix))[-1].sum()  # of the last layer
-        self.step += 1
-        if self.step % CHECK_EVERY == 0:
-            self.check()
-
-    def check(self):
-        """Look at the losses of the last steps, and at how many graphs were answered right in them."""
-        steps = self.step % CHECK_EVERY or CHECK_EVERY
-        for i, loss in enumerate(self.losses[:steps].tolist()):
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss was {loss} at step {self.step - steps + i + 1}")
-        for name, p in self.model.named_parameters():
-            if not p.isfinite().all():
-                raise FloatingPointError(f"{name} was not finite after step {self.step}")
-        if steps == CHECK_EVERY:
-            enough = SOLVED * CHECK_EVERY * self.settings["batch_size"]
-            if self.solved_at is None and self.hits.item() > enough:
-                self.solved_at = self.step
-            self.hits.zero_()
-
-    def evaluate(self):
-        """Measure the model -> a log line (dict): on all test graphs at its end, and if it may be solved."""
-        teacherless, size, stop_at = (self.settings[s] for s in ("teacherless", "batch_size", "stop_at"))
-
-        def enough(seen, wrong):
-            """Whether these graphs do: one more wrong than in a solved run may yet be chance, two not."""
-            hopeless = not stop_at or wrong > (1 - stop_at) * seen + 1
-            return seen >= QUICK_TEST and hopeless and not self.at_end()
-
-        with self.autocast():
-            result = evaluate(self.model, self.task, self.test, teacherless, size, enough)
-        if not math.isfinite(result["loss"]):
-            raise FloatingPointError(f"the weights gave a loss of {result['loss']} after step {self.step}")
-        since = self.step - (self.log[-1]["step"] if self.log else 0)
-        lr = self.settings["lr"] * rate(self.step - 1, self.settings, self.solved_at)
-        line = dict(step=self.step, samples=self.step * size, loss=self.loss_sum.item() / since,
-                    accuracy=result["accuracy"], token_accuracy=result["token_accuracy"],
-                    seconds=round(self.seconds, 1), lr=lr, test_loss=result["loss"],
-                    test_graphs=result["test_graphs"])
-        line |= {k: v for k, v in result.items() if k in ("clever_hans", "follows")}
-        self.loss_sum.zero_()
-        self.log.append(line)
-        return line
-
-    def at_end(self):
-        return self.step >= last_step(self.settings, self.solved_at)
-
-    def finished(self):
-        """At the end, or solved as the whole test set says (a run has been evaluated when this is asked)."""
-        last = self.log[-1]
-        solved = 0 < self.settings["stop_at"] <= last["accuracy"]
-        return self.at_end() or solved and last["test_graphs"] == len(self.test.target)
+def tell(text, live=False):
+    """Print a line, on a terminal over the live one; a reader that has gone or a full disk ends no run."""
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    try:
+        print(clear + text, end="" if live and clear else "\n", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe(run, folder):
-    """What a run will do, in two lines."""
-    s, parameters = run.settings, sum(p.numel() for p in run.model.parameters())
-    data = f"{s['n_train']:,} training graphs" if s["n_train"] else "fresh graphs at every step"
-    extra = f" --ahead {s['ahead']:g}" * bool(s["ahead"]) + " --deep" * s["deep"]
-    yield (f"{run.task}: {s['model']}, {full_objective(s)}{extra}, {parameters:,} parameters, "
-           f"{s['optimizer']}, {s['train_file'] or data}, {len(run.test.target):,} test graphs; "
-           f"chance 1/d = {percent(1 / s['deg'])} %")
-    yield (f"{run.device.type}, {str(run.dtype)[6:]}, {'compiled' if s['compile'] else 'not compiled'}, "
-           f"at most {s['max_steps']:,} steps of {s['batch_size']} graphs; into {folder}")
-
-
-def report(run, line):
-    """One line for an evaluation."""
-    speed = run.step / run.seconds  # in steps a second
-    left = (last_step(run.settings, run.solved_at) - run.step) / speed
-    exact, chance = percent(line["accuracy"]), percent(1 / run.task.deg)
-    tokens = " ".join(percent(x) for x in line["token_accuracy"])
-    return (f"step {line['step']:6,} | loss {line['loss']:.4f} | exact {exact:>5} % (chance {chance}) | "
-            f"tokens {tokens} | {speed * run.settings['batch_size']:,.0f} samples/s | "
-            f"{minutes(line['seconds'])}, {minutes(left)} left")
+def minutes(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def train(run, folder, signals):
-    """Train until solved, to the end, or until a signal has come in; saves at each evaluation and then."""
-    begin, first_seconds = time.perf_counter(), run.seconds
+    """Train until solved, to the last step, or until a signal has come in; saves at each evaluation and then."""
+    s, begin, said = run.settings, time.perf_counter() - run.seconds, 0
+    tell(f"step {run.step:,}: compiling, a minute or two the first time, then seconds ..." * s["compile"], True)
     while True:
-        evaluated = bool(run.log) and run.log[-1]["step"] == run.step
-        due = run.at_end() or run.step > 0 and run.step % run.settings["eval_every"] == 0
-        if signals or due and not evaluated:
+        run.seconds = time.perf_counter() - begin
+        due = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
+        due = due and run.step > (run.log[-1]["step"] if run.log else 0)
+        if due or signals or run.step % LOOK_EVERY == 0:
             run.check()
-            run.seconds = first_seconds + time.perf_counter() - begin
-            if not signals:
-                line = run.evaluate()
-                with disk(folder), open(folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(report(run, line), flush=True)
-            with disk(folder):
-                save_checkpoint(folder, run.state_dict())
-        if signals or due and run.finished():
+            if run.step and run.seconds > said + 5:
+                said = run.seconds
+                tell(f"step {run.step:6,} | loss {run.recent_loss:.4f} | {minutes(run.seconds)}", live=True)
+        if due:
+            run.log.append(run.evaluate(run.validation, "validation"))
+            run.loss_sum.zero_()
+        if due or signals:
+            save(run, folder)
+        if due:
+            line, left = run.log[-1], (s["max_steps"] - run.step) * run.seconds / run.step
+            tell(f"step {run.step:6,} | loss {line['loss']:.4f} | exact {percent(line['accuracy']):>5} % | tokens "
+                 f"{' '.join(map(percent, line['token_accuracy']))} | {line['samples'] / run.seconds:,.0f} "
+                 f"graphs/s | {minutes(run.seconds)}, at most {minutes(left)} left")
+        if signals or run.finished():
             return
-        run.train_step()
+        try:
+            run.train_step()
+        except Exception as error:
+            compiler_failed(error)  # raises it, unless it is the compiler's: then the same step without one
+            for optimizer in run.optimizers:
+                optimizer.zero_grad()
 
 
 def main(argv=None):
     parser, given = parse(argv)
-    signals = []
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        print(f"{signal.Signals(number).name}: saving ...", file=sys.stderr, flush=True)
-
+    signals, settings = [], {}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends no run
     try:
-        settings = settle(given)
-        folder = Path(settings["out_dir"] or default_folder(given, settings))
-        state = None
-        if given.get("resume"):
-            settings, state = reopen(folder, given)
-        run = Run(settings)
-        if state:
-            restore(run, state, folder)
-        else:
-            create_folder(folder, settings, run.state_dict())
-        print(*describe(run, folder), sep="\n", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        train(run, folder, signals)
+        resume = given.get("resume", False)
+        if not (resume and "out_dir" in given):
+            settings = settle(given)
+        folder = Path(given.get("out_dir") or default_folder(given, settings))
+        with hold(folder, resume), noted(signals):
+            if resume:
+                settings, state = reopen(folder, given)
+            tell(f"G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}: {settings['model']}, "
+                 f"{objective(settings)}; making the model and the graphs ...")
+            run = Run(settings)
+            settings.setdefault("record", provenance(argv, run.device))
+            if resume:
+                run.load_state_dict(state)
+                settings["record"]["resumed_at"].append(run.step)
+            save(run, folder)
+            s, size = settings, sum(p.numel() for p in run.model.parameters())
+            data = s["train_file"] or f"{s['n_train']:,} graphs" if s["n_train"] else "fresh graphs"
+            tell(f"{size:,} parameters in {s['n_layer']} layers of {s['n_embd']}, {s['optimizer']}, batches of "
+                 f"{s['batch_size']} of {data}; chance 1/d = {percent(1 / s['deg'])} %\n"
+                 f"{s['record']['device_name']}, {s['dtype']}, at most {s['max_steps']:,} steps; into {folder}")
+            train(run, folder, signals)
+            if signals:
+                tell(f"saved at step {run.step:,}; to go on: "
+                     f"python train.py --resume --out_dir {shlex.quote(str(folder))}")
+                sys.exit(128 + signals[0])
+            line = run.evaluate(run.test, "test")  # the test set is read once
+            save(run, folder, line)
     except UserError as error:
-        flag = "--" if str(error).split()[0] in flags() else ""
-        parser.error(f"{flag}{error}")
-    except KeyboardInterrupt:  # before there was anything to save
-        parser.exit(130)
+        parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
-    if signals:
-        print(f"saved at step {run.step:,}; to go on: python train.py --resume --out_dir {folder}")
-        sys.exit(128 + signals[0])
-    line = run.log[-1]
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        usual, sizes = settle({}), ("n_train", "n_test", "batch_size", "n_embd", "n_layer", "num_nodes", "deg", "path_len")
+        largest = max(sizes, key=lambda name: settings[name] / usual[name])
+        parser.error(f"--{largest} {settings[largest]}: takes more memory than there is; a smaller one works")
     found = "solved" if line["accuracy"] >= 0.99 else "not solved"
-    print(f"{found}: {percent(line['accuracy'])} % exact match on {line['test_graphs']:,} unseen graphs "
-          f"after {run.step:,} steps, {line['samples']:,} samples, {minutes(run.seconds)} minutes\n"
-          f"python eval.py {folder}")
+    tell(f"{found}: {percent(line['accuracy'])} % exact match on {line['n_graphs']:,} unseen graphs after "
+         f"{run.step:,} steps, {line['samples']:,} graphs, {minutes(run.seconds)} minutes\n"
+         f"python eval.py {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
