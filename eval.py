@@ -163,7 +163,7 @@ def load_flag(flag, path, task):
 
 def test_graphs(settings, task, test_file=None, n_test=None):
     """A run's own test graphs or those of another file, all or the first n_test of them -> Graphs."""
-    file, sha = test_file or settings["test_file"], settings.get("test_file_sha256")
+    file, sha = test_file or settings["test_file"], settings.get("test_sha")
     if sha and not test_file:
         if not Path(file).is_file() or sha != hashlib.sha256(Path(file).read_bytes()).hexdigest():
             raise UserError(f"{file}: not the run's test file any more; --test_file may name it anew")
@@ -224,9 +224,9 @@ def show(task, model, graphs, teacherless, k):
     order = right.int().argsort()  # the wrong ones first
     chosen = torch.cat([order[:k - k // 2], order[len(order) - k // 2:]]).unique().tolist()
     prefix = graphs.prefix[chosen].long().to(next(model.parameters()).device)
-    for i, said in zip(chosen, generate(model, task, prefix, teacherless).tolist()):
-        text = task.decode(graphs.prefix[i], graphs.target[i])
-        yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said[::-1] if task.reverse else said}"
+    for i, answer in zip(chosen, generate(model, task, prefix, teacherless)):
+        text, said = (task.decode(graphs.prefix[i], path) for path in (graphs.target[i], answer))
+        yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said.split('=')[1]}"
 
 
 @torch.no_grad()
@@ -260,7 +260,7 @@ def plot_curves(runs, file):
         ax.axhline(100 / deg, color="grey", linewidth=1, linestyle=":", label=f"chance, 1/{deg}")
     ax.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.figure.legend(fontsize="small", loc=f"outside {'right' if len(runs) == 1 else 'lower'} center")
     ax.figure.savefig(file, dpi=150)
 
 

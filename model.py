@@ -17,16 +17,20 @@ from einops import rearrange
 from data import Parser, PathStar, UserError, inputs, median_ms, random_stream, run_script
 
 # -------------------------------------------------------------------------------------------------------
-# The block. Three of its functions have a way of their own for a CPU, taken where it makes a training
-# step at least 5 % faster; the arithmetic is the same.
+# The block. Where the fastest way differs between processors, the function that does the work chooses; a
+# way of its own for a CPU stays only if it takes at least 5 % off a training step.
+
+
+def compiled_for_cpu(x):
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def causal_conv(x, conv):
-    """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d), from x_t and the tokens before it."""
+    """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d), each from x_t and the k - 1 before."""
     t, k = x.shape[1], conv.kernel_size[0]
     x = F.pad(x, (0, 0, k - 1, 0))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # the library's kernel, which is fast on images with channels last: (b, d, 1, t)
+        # the library's kernel is fast on an image of one row with channels last, (b, d, 1, t)
         y = F.conv2d(x.mT[:, :, None], conv.weight[:, :, None], conv.bias, groups=x.shape[2])
         return y[:, :, 0].mT
     # shifted products, which a compiler fuses into one loop
@@ -34,30 +38,26 @@ def causal_conv(x, conv):
     return y if conv.bias is None else y + conv.bias
 
 
-def causal_attention(qkv, n_head):
-    """Queries, keys and values of all heads, (b, t, 3 d) -> what the heads have read, (b, t, d)."""
-    t, on_cpu = qkv.shape[1], qkv.device.type == "cpu"
-    # a CPU computes 16 keys at once, and one by one what is left of a row: fill up where little is missing;
-    # what is added comes last, so nothing before it reads it
-    missing = -t % 16 if on_cpu and -t % 16 <= 2 else 0
-    if missing:
-        qkv = F.pad(qkv, (0, 0, 0, missing))
-    q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=n_head)
-    if on_cpu and t <= 32:
-        # this short, plain products are faster than the library's kernel (which the compiler would put
-        # back if the scores were scaled, not q)
-        later = q.new_full((k.shape[2],) * 2, -math.inf).triu(1)  # (t, t)
-        y = ((q / math.sqrt(q.shape[3])) @ k.mT + later).softmax(-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    y = rearrange(y, "b h t d -> b t (h d)")
-    return y[:, :t] if missing else y
+def causal_attention(q, k, v):
+    """Queries, keys and values (b, h, t, d) -> what the heads read, (b, h, t, d)."""
+    t, d = q.shape[2:]
+    missing = -t % 16
+    if not compiled_for_cpu(q) or t > 32 and missing > 2:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # A CPU computes 16 keys at once, and the rest of a row one by one. So fill the row up; nothing before
+    # what is added reads it.
+    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+    if t > 32:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, :t]
+    # This short, plain products are faster than the library's kernel, which the compiler would put back if
+    # it were the scores that are scaled.
+    later = q.new_full((t + missing, t + missing), -math.inf).triu(1)
+    return (((q / math.sqrt(d)) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
 
 
 def gelu(x):
     """GPT-2's activation, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    if x.device.type == "cpu" and torch.compiler.is_compiling():
-        # (1 + tanh z) / 2 = sigmoid(2 z), and a CPU's tanh is slow
+    if compiled_for_cpu(x):  # a CPU's tanh is slow; (1 + tanh z) / 2 = sigmoid(2 z)
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -77,7 +77,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (b, t, 3 d)
         if self.conv is not None:
             qkv = qkv + causal_conv(qkv, self.conv)
-        return self.c_proj(causal_attention(qkv, self.n_head))
+        q, k, v = (rearrange(x, "b t (h d) -> b h t d", h=self.n_head) for x in qkv.chunk(3, dim=-1))
+        return self.c_proj(rearrange(causal_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
 class MLP(nn.Module):

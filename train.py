@@ -45,18 +45,19 @@ def preset(s):
         return dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16, a_scale=1.0, ahead=0.0,
                     deep=False, batch_size=256, max_steps=390_500, optimizer="adamw", lr=5e-4,
                     weight_decay=0.01, warmup=100, average=0.0)
-    cure, mamba, large = s["teacherless"] and not s["plain"], s["model"] == "mamba", s["num_nodes"] > 64
+    cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
+    many, long = s["num_nodes"] > 64, s["path_len"] > 10
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
         deep=cure,
         n_layer=s["path_len"] + 3,     # a look-up takes a layer, and a path path_len - 2 of them
-        n_embd=128 if large else 64,   # room for the codes of all node values
+        n_embd=128 if many else 64,    # room for the codes of all node values
         n_head=4,
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64 if large else 32,   # a Mamba looks a node up by this many numbers
+        d_state=64 if many else 32,    # a Mamba looks a node up by this many numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if large else 64,  # of more nodes a smaller batch says too little
-        optimizer="muon" if mamba else "adamw",  # with AdamW a Mamba takes a third more steps
+        batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
+        optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
         lr=1e-2 if mamba else 3e-3,    # the highest at which every graph was learnt
         weight_decay=0.0,              # 200,000 graphs are seen a few times at most
         warmup=100,
@@ -237,7 +238,7 @@ class Run:
         if s[flag]:
             graphs, path = load_flag(flag, s[flag], self.task), Path(s[flag]).absolute()
             content = hashlib.sha256(path.read_bytes()).hexdigest()
-            if s.setdefault(f"{flag}_sha256", content) != content:
+            if s.setdefault(flag.replace("file", "sha"), content) != content:
                 raise UserError(f"--{flag} {path}: is not the file that this run began with; name that one")
             s[flag] = str(path)
             return graphs

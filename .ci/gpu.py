@@ -76,10 +76,13 @@ def versions():
 
 def scan():
     """The compiled scan and all its gradients beside the loop in fp64."""
-    from mamba import example, forward_and_gradients, selective_scan, selective_scan_ref
+    from mamba import forward_and_gradients, selective_scan, selective_scan_ref
     names = ("y", "u", "delta", "A", "B", "C", "D")
     for shape in ((2, 19, 16, 4),) if CPU else ((64, 31, 128, 32), (16, 31, 768, 16), (3, 17, 40, 5)):
-        double = example(*shape, DEVICE, torch.float64)
+        b, l, d, n = shape
+        sizes = (b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,)
+        u, delta, A, B, C, D = (torch.randn(size, device=DEVICE, dtype=torch.float64) for size in sizes)
+        double = [x.requires_grad_() for x in (u, F.softplus(delta - 3), -A.exp(), B, C, D)]
         want = forward_and_gradients(selective_scan_ref, double)
         single = [x.detach().float().requires_grad_() for x in double]
         begin = time.perf_counter()
