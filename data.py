@@ -321,8 +321,8 @@ def median_ms(*functions, repeats=15):
 def main():
     parser = Parser(__doc__)
     for flag, default, least, most, text in (
-            ("--deg", 2, 1, 10**4, "arms of the graph, d"), ("--path_len", 5, 2, 10**4, "nodes of the path, l"),
-            ("--num_nodes", 50, 2, 10**4, "node values, N"), ("--seed", 0, 0, 2**32 - 1, "seed of the graphs"),
+            ("--deg", 2, 1, 10**4, "arms, d"), ("--path_len", 5, 2, 10**4, "nodes of the path, l"),
+            ("--num_nodes", 50, 2, 10**4, "node values, N"), ("--seed", 0, 0, 2**32 - 1, "seed"),
             ("--n", 20_000, 1, 10**7, "graphs to write")):
         parser.add_argument(flag, type=number(int, least, most), default=default, metavar="X",
                             help=f"{text} (default {default})")

@@ -59,7 +59,7 @@ def predict(model, task, prefix, target, teacherless, batch_size=None):
     # A GPU takes as long for a small batch as for a large one. All have one shape, the last one padded, so
     # that a compiled model compiles once; and the device is waited for at the end alone.
     device, found = next(model.parameters()).device, []
-    size = min(len(target), batch_size or (250 if device.type == "cpu" else 1000))
+    size = min(len(target), batch_size or (125 if device.type == "cpu" else 1000))
     for x, y in zip(prefix.to(device).split(size), target.to(device).split(size)):
         x, y = inputs(task, x.long(), y.long(), teacherless), y.long()
         logits = model(F.pad(x, (0, 0, 0, size - len(x))))   # (size, seq_len - 1, vocab)
@@ -153,21 +153,26 @@ def load_model(folder, device="cpu"):
     return settings, checkpoint, task, model.to(device).eval()
 
 
-def load_flag(flag, path, task):
-    """The Graphs of the file that a flag names, which its errors name too."""
-    try:
-        return load(path, task)
-    except UserError as error:
-        raise UserError(f"--{flag} {error}") from None
+def load_file(s, flag, task):
+    """The Graphs of the file that a setting names, None if it names none. The settings s (dict) keep its full
+    path and a checksum, so that a run knows the file wherever it is resumed."""
+    if s[flag]:
+        path = Path(s[flag]).absolute()
+        try:
+            graphs = load(path, task)
+        except UserError as error:
+            raise UserError(f"--{flag} {error}") from None
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        if s.setdefault(flag.replace("file", "sha"), content) != content:
+            raise UserError(f"--{flag} {path}: is not the file that the run began with; name that one")
+        s[flag] = str(path)
+        return graphs
 
 
 def test_graphs(settings, task, test_file=None, n_test=None):
     """A run's own test graphs or those of another file, all or the first n_test of them -> Graphs."""
-    file, sha = test_file or settings["test_file"], settings.get("test_sha")
-    if sha and not test_file:
-        if not Path(file).is_file() or sha != hashlib.sha256(Path(file).read_bytes()).hexdigest():
-            raise UserError(f"{file}: not the run's test file any more; --test_file may name it anew")
-    graphs = load_flag("test_file", file, task) if file else held_out(task, settings["n_test"])[1]
+    graphs = load_file(dict(test_file=test_file) if test_file else settings, "test_file", task)
+    graphs = graphs or held_out(task, settings["n_test"])[1]
     if n_test and n_test > len(graphs.target):
         raise UserError(f"--n_test {n_test}: there are {len(graphs.target)} test graphs")
     return Graphs(*(x[:n_test] for x in graphs))
@@ -233,7 +238,7 @@ def show(task, model, graphs, teacherless, k):
 def read_layers(task, model, graphs, teacherless):
     """Accuracy of each token, as the head reads it behind each layer: where in the model it is found."""
     device, right = next(model.parameters()).device, 0
-    for prefix, target in zip(*(x.long().to(device).split(250) for x in graphs[:2])):
+    for prefix, target in zip(*(x.long().to(device).split(125) for x in graphs[:2])):
         x = model.features(inputs(task, prefix, target, teacherless), every=True)      # (n_layer, b, t, d)
         right += (model.head(x[:, :, -task.target_len:]).argmax(-1) == target).sum(1)  # (n_layer, l)
     for layer, tokens in enumerate((right / len(graphs.target)).tolist(), 1):

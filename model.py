@@ -1,6 +1,6 @@
-"""A compact GPT, with GPT-2's layout and parameter names; what it shares with a Mamba; the optimisers.
+"""A compact GPT with GPT-2's layout and parameter names, what it shares with a Mamba, and the optimisers.
 
-    python model.py  # count the parameters of a GPT and time a training step, eager and compiled
+    python model.py  # count the parameters, time a training step, eager and compiled
 
 Source: Radford et al. 2019 (GPT-2). The paper's GPT-Mini: 12 layers, width 384, 6 heads.
 """
@@ -17,16 +17,12 @@ from einops import rearrange
 from data import Parser, PathStar, UserError, inputs, median_ms, random_stream, run_script
 
 # -------------------------------------------------------------------------------------------------------
-# The block. Where the fastest way differs between processors, the function that does the work chooses; a
-# way of its own for a CPU stays only if it takes at least 5 % off a training step.
-
-
-def compiled_for_cpu(x):
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
+# The model. Three functions have a way of their own on a CPU, compiled or not; each takes 5 % or more off a
+# training step there.
 
 
 def causal_conv(x, conv):
-    """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d), each from x_t and the k - 1 before."""
+    """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d)."""
     t, k = x.shape[1], conv.kernel_size[0]
     x = F.pad(x, (0, 0, k - 1, 0))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -39,25 +35,20 @@ def causal_conv(x, conv):
 
 
 def causal_attention(q, k, v):
-    """Queries, keys and values (b, h, t, d) -> what the heads read, (b, h, t, d)."""
+    """Queries, keys and values (b, h, t, d) -> (b, h, t, d)."""
     t, d = q.shape[2:]
-    missing = -t % 16
-    if not compiled_for_cpu(q) or t > 32 and missing > 2:
+    if t > 32 or q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # A CPU computes 16 keys at once, and the rest of a row one by one. So fill the row up; nothing before
-    # what is added reads it.
-    q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-    if t > 32:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, :t]
-    # This short, plain products are faster than the library's kernel, which the compiler would put back if
-    # it were the scores that are scaled.
-    later = q.new_full((t + missing, t + missing), -math.inf).triu(1)
-    return (((q / math.sqrt(d)) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
+    # short: plain products, in rows of 16 keys, a CPU's vector; what is added comes last, so nothing reads
+    # it (q is scaled, not the scores: that pattern the compiler would turn into the library's kernel)
+    q, k, v = (F.pad(x, (0, 0, 0, -t % 16)) for x in (q, k, v))
+    later = q.new_full((t + -t % 16,) * 2, -math.inf).triu(1)
+    return ((q / math.sqrt(d) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
 
 
 def gelu(x):
-    """GPT-2's activation, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    if compiled_for_cpu(x):  # a CPU's tanh is slow; (1 + tanh z) / 2 = sigmoid(2 z)
+    """GPT-2's: x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if x.device.type == "cpu" and torch.compiler.is_compiling():  # sigmoid(2 z): a CPU's tanh is slow
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 
@@ -104,19 +95,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# -------------------------------------------------------------------------------------------------------
-# The model.
-
-
 class LanguageModel(nn.Module):
     """What a GPT and a Mamba share: token ids (b, t) -> logits (b, t, vocab_size).
 
-    A subclass has `embed(idx)`, ids -> (b, t, d); `layers()`, its blocks in order; `final_norm`, the module
-    before the head; and `token_embedding`, the nn.Embedding whose weight the head is tied to.
+    A subclass has embed(idx), ids -> (b, t, d); layers(), its blocks; final_norm, the module before the
+    head; and token_embedding, the nn.Embedding that the head is tied to.
     """
 
     def features(self, idx, every=False, last=0):
-        """Token ids (b, t) -> what the head reads, (b, t, d); `every`: behind each layer, (n_layer, b, t, d);
+        """Token ids (b, t) -> what the head reads, (b, t, d); `every`: of each layer, (n_layer, b, t, d);
         `last`: at so many last positions, not at all t."""
         x, outputs = self.embed(idx), []
         for block in self.layers():
@@ -126,7 +113,6 @@ class LanguageModel(nn.Module):
         return self.final_norm(torch.stack(outputs) if every else x[:, -last:])
 
     def head(self, x):
-        """Features (..., d) -> logits (..., vocab_size)."""
         return F.linear(x, self.token_embedding.weight)
 
     def forward(self, idx):
@@ -144,7 +130,9 @@ class GPTConfig:
 
 
 class GPT(LanguageModel):
-    """GPT-2 for inputs of up to block_size tokens. Raises UserError if n_head does not divide n_embd."""
+    """GPT-2, for up to block_size tokens. Raises UserError if n_head does not divide n_embd."""
+    token_embedding = property(lambda self: self.wte)
+    final_norm = property(lambda self: self.ln_f)
 
     def __init__(self, config):
         super().__init__()
@@ -155,16 +143,13 @@ class GPT(LanguageModel):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():  # GPT-2's initialisation; the convolution has PyTorch's
-            if name.endswith("c_proj.weight"):  # the 2 n_layer branches added to the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
+        # GPT-2's initialisation; 2 n_layer branches add to the residual stream, each by its c_proj
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                branches = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
-    token_embedding = property(lambda self: self.wte)
-    final_norm = property(lambda self: self.ln_f)
 
     def embed(self, idx):
         return self.wte(idx) + self.wpe.weight[:idx.shape[1]]
@@ -175,10 +160,8 @@ class GPT(LanguageModel):
 
 @torch.no_grad()
 def generate(model, task, prefix, teacherless):
-    """The model's own answer by greedy decoding: prefix (n, prefix_len) -> (n, target_len), long.
-
-    A standard model writes a token a pass and reads it back; a teacherless one writes all in one pass.
-    """
+    """The model's own answer by greedy decoding: prefix (n, prefix_len) -> (n, target_len), long. A standard
+    model writes a token a pass and reads it back; a teacherless one writes all in one pass."""
     if teacherless:
         blank = prefix.new_zeros(len(prefix), task.target_len)
         return model(inputs(task, prefix, blank, teacherless))[:, -task.target_len:].argmax(-1)
@@ -188,62 +171,18 @@ def generate(model, task, prefix, teacherless):
     return tokens[:, task.prefix_len:]
 
 
-def compiler_failed(error):
-    """Go on without torch.compile in this process, and say why in one line on stderr.
-
-    Raises `error` itself where that would not help: memory or the device failed, or nothing is compiled.
-    """
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-    off = torch._dynamo.eval_frame._stance.stance == "force_eager"  # there is no public way to ask
-    if no_memory or off or isinstance(error, torch.AcceleratorError):
-        raise error
-    torch.compiler.set_stance("force_eager")
-    # the compiler wraps what happened; of what a C++ compiler says, the line that says what is wrong
-    error = getattr(error, "inner_exception", None) or error
-    lines = str(error).strip().splitlines() or [""]
-    reason = next((line for line in lines if "error: " in line), lines[0])
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(f"torch.compile failed ({type(error).__name__}: {reason}): running uncompiled, which is slower",
-              file=sys.stderr, flush=True)
-
-
-class Recorded:
-    """A function of tensors as a CUDA graph, recorded once and replayed: a small model's step is some 600
-    kernels of a few microseconds, and launched by Python one by one they take ten times as long."""
-
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
-
-    def __call__(self, *tensors):
-        self.calls += 1
-        if self.calls <= 3:  # these compile and allocate what lasts, on a stream of their own, as PyTorch asks
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.function(*tensors)
-            return torch.cuda.current_stream().wait_stream(stream)
-        if self.graph is None:
-            self.tensors, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.function(*self.tensors)
-        for place, x in zip(self.tensors, tensors):
-            place.copy_(x)
-        self.graph.replay()
-
-
 # -------------------------------------------------------------------------------------------------------
-# The optimisers. Nothing in a step waits for the device, and a rate may be a float or a tensor with one
-# number on the device: so a GPU can record a step, and replay it at another rate.
+# The optimisers. A rate may be a float or a tensor of one number, and nothing waits for the device: so a
+# GPU can record a step and replay it.
 
 
-def parameter_groups(model):
-    """Named, disjoint and complete: the matrices of the blocks, which Muon takes and weight decay
-    shrinks, and the rest (embeddings, norms, biases, convolutions, and Mamba's A_log and D, which have
-    two and one dimension but are no maps)."""
+def parameter_groups(modules):
+    """Named, disjoint and complete: the matrices of the maps, which Muon takes and weight decay shrinks, and
+    the rest (embeddings, norms, biases, convolutions, and Mamba's A_log, which has two dimensions, and D)."""
     groups = {"matrices": {}, "rest": {}}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    for name, p in model.named_parameters():
-        groups["matrices" if id(p) in linear else "rest"][name] = p
+    maps = {id(m.weight) for m in modules.modules() if isinstance(m, nn.Linear)}
+    for name, p in modules.named_parameters():
+        groups["matrices" if id(p) in maps else "rest"][name] = p
     return groups
 
 
@@ -259,19 +198,17 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                batches.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in batches.items():
-                # the mean of the gradients so far, then Nesterov's step ahead of it
-                grads = [p.grad for p in params]
-                momenta = [self.state[p]["momentum_buffer"] for p in params]
+                batches.setdefault(p.shape, []).append((p, p.grad, self.state[p]["momentum_buffer"]))
+            for (rows, columns), batch in batches.items():
+                params, grads, momenta = zip(*batch)
                 torch._foreach_lerp_(momenta, grads, 1 - momentum)
                 nesterov = torch._foreach_lerp(grads, momenta, momentum)
-                # every direction alike; tall matrices move further, as torch's do
+                # every direction moves alike, and in a tall matrix further
                 update = self.orthogonal(torch.stack(nesterov), group).to(params[0].dtype)
-                update *= math.sqrt(max(1, rows / columns))
+                scale = lr * math.sqrt(max(1, rows / columns))
                 if decay:
                     torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_sub_(params, (lr * update).unbind())
+                torch._foreach_sub_(params, (scale * update).unbind())
 
     @staticmethod
     def orthogonal(x, group):
@@ -288,60 +225,64 @@ class Muon(torch.optim.Muon):
 
 
 def configure_optimizers(modules, optimizer, lr, muon_lr, weight_decay):
-    """The optimisers of all parameters of `modules`, a list; `optimizer` is "adamw" or "muon", which is
-    Muon for the matrices and AdamW for the rest. `base_lr` in each group is its rate after the warm-up."""
+    """A list of optimisers: AdamW, or with `optimizer` "muon" Muon for the matrices and AdamW for the rest.
+    `base_lr` in each group is its rate after the warm-up."""
     matrices, rest = (list(group.values()) for group in parameter_groups(modules).values())
-    adamw, optimizers = [dict(params=rest, lr=lr, weight_decay=0.0)], []
-    if optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
-    else:
-        adamw.append(dict(params=matrices, lr=lr, weight_decay=weight_decay))
-    optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True, capturable=True))
+    groups = [dict(params=rest, weight_decay=0.0), dict(params=matrices, weight_decay=weight_decay)]
+    optimizers = [Muon([groups.pop()], lr=muon_lr)] if optimizer == "muon" else []
+    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=True))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers
 
 
-# -------------------------------------------------------------------------------------------------------
-# Count and time.
+def compiler_failed(error):
+    """Turn torch.compile off in this process, and say why in one line on stderr. Raises `error` itself if
+    that is no help: it was off already, or memory or the device failed."""
+    off = torch._dynamo.eval_frame._stance.stance == "force_eager"  # there is no public way to ask
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if off or memory or isinstance(error, torch.AcceleratorError):
+        raise error
+    torch.compiler.set_stance("force_eager")
+    # the compiler wraps what happened, and a C++ compiler says it in one line of many
+    error = getattr(error, "inner_exception", None) or error
+    lines = str(error).strip().splitlines() or [""]
+    reason = next((line for line in lines if "error: " in line), lines[0])
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"torch.compile failed ({type(error).__name__}: {reason}): running uncompiled, which is slower",
+              file=sys.stderr, flush=True)
 
 
 def time_step(model, task, batch_size):
-    """Print how many parameters a model has and what a training step takes, eager and compiled: forward,
-    the loss of the answer, backward, AdamW (medians of 15)."""
-    device = model.token_embedding.weight.device
+    """Print a model's parameters and the time of a training step, eager and compiled (medians of 15)."""
     graphs = task.sample(batch_size, random_stream(0))
-    fed = inputs(task, graphs.prefix, graphs.target, teacherless=True).to(device)
-    target = graphs.target.to(device)
+    prefix, target, _ = (x.to(model.token_embedding.weight.device) for x in graphs)
     optimizer, = configure_optimizers(model, "adamw", 1e-3, 0.0, 0.0)
 
     def step():
-        logits = model.head(model.features(fed)[:, -task.target_len:])
-        F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+        x = model.features(inputs(task, prefix, target, teacherless=True), last=task.target_len)
+        F.cross_entropy(model.head(x).flatten(0, 1), target.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    eager, = median_ms(step)
+    times = median_ms(step)
     for block in model.layers():
         block.compile(dynamic=False)
     try:
-        compiled, = median_ms(step)
+        times += median_ms(step)
     except Exception as error:  # what the compiler raises differs by back end
         compiler_failed(error)
-        compiled = math.nan
-    width, parameters = model.token_embedding.embedding_dim, sum(p.numel() for p in model.parameters())
-    print(f"{task}, batch {batch_size}, {model.config.n_layer} layers x {width}: {parameters:,} parameters; "
-          f"a step takes {eager:.1f} ms, compiled {compiled:.1f} ms", flush=True)
+    print(f"{task}, batch {batch_size}, {sum(p.numel() for p in model.parameters()):,} parameters: a step "
+          f"takes {', compiled '.join(f'{ms:.1f} ms' for ms in times)}", flush=True)
 
 
 def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"a GPT's training step on {device}, medians of 15")
+    print(f"GPTs of 8 layers on {device}")
     for deg, n_embd in ((2, 64), (5, 128), (10, 64)):
         task = PathStar(deg, 5, 50)
-        model = GPT(GPTConfig(task.vocab_size, task.seq_len - 1, n_embd=n_embd)).to(device)
-        time_step(model, task, batch_size=64)
+        time_step(GPT(GPTConfig(task.vocab_size, task.seq_len - 1, n_embd=n_embd)).to(device), task, 64)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@
     python train.py --teacherless --plain           # the paper's teacherless objective, nothing added
     python train.py --reverse --deg 5               # the path written goal first, on another graph
 
-A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (a JSON object an evaluation: step,
-samples, loss, accuracy, token_accuracy, seconds, ...; accuracies are fractions of 1). Ctrl-C saves;
---resume goes on, on a CPU to the bit.
+A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (a JSON object an evaluation). Ctrl-C
+saves; --resume goes on, on a CPU to the bit.
 """
 import argparse
 import contextlib
 import copy
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -33,10 +31,8 @@ import torch.nn.functional as F
 
 from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities, inputs, number, run_script,
                   some_path, whole_file, without)
-from eval import FREE, build, evaluate, load_flag, load_run, objective, percent, pick_device
-from model import Recorded, compiler_failed, configure_optimizers
-
-LOOK_EVERY = 50  # steps between looks at the loss
+from eval import FREE, build, evaluate, load_file, load_run, objective, percent, pick_device
+from model import compiler_failed, configure_optimizers
 
 
 def preset(s):
@@ -142,16 +138,14 @@ def parse(argv=None):
     add("--a_scale", "decay rates of the states at the start: -X, -2X, ... (mamba)", **real(1e-6, 1e6))
     add("--batch_size", "graphs a step", **whole(1, 10**6))
     add("--max_steps", "steps at most", **whole(1))
-    add("--optimizer", "muon, for the blocks' matrices and with AdamW for the rest, or adamw",
-        choices=("muon", "adamw"))
+    add("--optimizer", "muon (AdamW for all but the blocks' matrices) or adamw", choices=("muon", "adamw"))
     add("--lr", "learning rate of AdamW", **real(0, 10))
     add("--muon_lr", "learning rate of Muon", **real(0, 10))
     add("--weight_decay", "of the blocks' matrices", **real(0, 10))
     add("--warmup", "steps of linear warm-up; then the rate is constant", **whole(0))
-    add("--average", "share of a running average of the weights that stays at each step; the average is what "
-        "is evaluated; 0: the weights themselves", **real(0, 1))
+    add("--average", "what stays of the average of the weights at a step; 0: no average", **real(0, 1))
     add("--eval_every", "steps between evaluations", **whole(1))
-    add("--stop_at", "exact match of validation graphs, twice in a row, at which to stop; 0: never", **real(0, 1))
+    add("--stop_at", "exact match, twice in a row, at which to stop; 0: never", **real(0, 1))
     add("--seed", "seed of the weights and of the training graphs", **whole(0, 2**32 - 1))
     add("--device", "cuda, mps or cpu; auto: the first one there")
     add("--dtype", "of the matrix products", choices=("float32", "bfloat16"))
@@ -166,16 +160,13 @@ def settle(given):
     """The flags given -> every setting (dict). Raises UserError for flags that contradict each other."""
     s = DEFAULTS | given
     s |= preset(s) | given
-    mamba, gpt = s["model"] == "mamba", s["model"] == "gpt"
-    for name, useless, other in (("n_head", mamba, "--model mamba"), ("short_conv", mamba, "--model mamba"),
-                                 ("d_state", gpt, "--model gpt"), ("a_scale", gpt, "--model gpt"),
-                                 ("muon_lr", s["optimizer"] == "adamw", "--optimizer adamw"),
-                                 ("n_train", s["train_file"], "--train_file"),
-                                 ("n_test", s["test_file"], "--test_file"),
-                                 ("plain", not s["teacherless"], "training that is not --teacherless"),
-                                 ("plain", s["ahead"] or s["deep"], "--ahead or --deep")):
-        if name in given and useless:
-            raise UserError(f"--{name} {given[name]}: has no effect with {other}; leave one of them out")
+    useless = dict.fromkeys(("n_head", "short_conv"), s["model"] == "mamba")  # flags without an effect
+    useless |= dict.fromkeys(("d_state", "a_scale"), s["model"] == "gpt")
+    useless |= dict(muon_lr=s["optimizer"] == "adamw", n_train=s["train_file"], n_test=s["test_file"],
+                    plain=not s["teacherless"] or s["ahead"] or s["deep"])
+    for name in useless.keys() & given.keys():
+        if useless[name]:
+            raise UserError(f"--{name} {given[name]}: has no effect beside the other flags; leave it out")
     if 0 < s["n_train"] < s["batch_size"] and not s["train_file"]:
         raise UserError(f"--batch_size {s['batch_size']}: at most the {s['n_train']} graphs of --n_train")
     return s
@@ -183,8 +174,9 @@ def settle(given):
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = {"model", "teacherless", "reverse", "plain", "ahead", "deep", "deg", "path_len", "num_nodes", "seed"}
-    extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said - {*FREE, "resume"})]
+    said = {"model", "teacherless", "reverse", "plain", "ahead", "deep", "deg", "path_len", "num_nodes", "seed",
+            "resume", "out_dir", "max_steps", "stop_at", "eval_every", "device", "compile", "cuda_graph"}
+    extra = [f"{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said)]
     parts = [s["model"], objective(s).replace(" ", ""), f"G{s['deg']},{s['path_len']}-N{s['num_nodes']}"]
     return Path("out", "-".join([*parts, *extra, f"seed{s['seed']}"]))
 
@@ -220,28 +212,17 @@ class Run:
         self.iterate_ = Recorded(self.iterate) if recorded else self.iterate
 
         # the training graphs, those that decide when to stop, and those that tell what was learnt: all others
-        test, graphs = self.load("test_file"), self.load("train_file")
+        test, graphs = (load_file(s, flag, self.task) for flag in ("test_file", "train_file"))
         self.validation, self.test = held_out(self.task, s["n_test"], test)
         taken = {*identities(self.validation), *identities(self.test)}
         if graphs:
             graphs = without(graphs, taken)
             if len(graphs.prefix) < s["batch_size"]:
-                raise UserError(f"--train_file {s['train_file']}: has {len(graphs.prefix)} graphs that are not "
-                                f"held out, fewer than --batch_size {s['batch_size']}")
+                raise UserError(f"--train_file {s['train_file']}: has {len(graphs.prefix)} graphs that are no "
+                                f"test graphs, fewer than --batch_size {s['batch_size']}")
         elif s["n_train"]:
             graphs = draw(self.task, s["n_train"], taken, TRAIN, s["seed"])
         self.batches = Batches(self.task, s["batch_size"], s["seed"], self.device, graphs, taken)
-
-    def load(self, flag):
-        """The Graphs of the file that a flag names, None if it names none; a run knows a file by its content."""
-        s = self.settings
-        if s[flag]:
-            graphs, path = load_flag(flag, s[flag], self.task), Path(s[flag]).absolute()
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            if s.setdefault(flag.replace("file", "sha"), content) != content:
-                raise UserError(f"--{flag} {path}: is not the file that this run began with; name that one")
-            s[flag] = str(path)
-            return graphs
 
     def iterate(self, prefix, target):
         """One iteration: the loss, its gradient, the optimisers, the average. Only tensors of fixed places
@@ -309,42 +290,67 @@ class Run:
         self.loss_sum.fill_(state["loss_sum"])
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph, recorded once and replayed: a small model's step is some 600
+    kernels of a few microseconds, and launched by Python one by one they take ten times as long."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *tensors):
+        self.calls += 1
+        if self.calls <= 3:  # they compile and allocate what lasts; on a side stream, as PyTorch asks
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function(*tensors)
+            return torch.cuda.current_stream().wait_stream(stream)
+        if self.graph is None:
+            self.tensors, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.function(*self.tensors)
+        for place, x in zip(self.tensors, tensors):
+            place.copy_(x)
+        self.graph.replay()
+
+
 # -------------------------------------------------------------------------------------------------------
-# The run's folder. Every file in it is replaced whole: whenever a run is killed, what lies there can be
-# resumed and evaluated.
+# The run's folder. Every file in it is replaced whole, and it is a run once it has a checkpoint: whenever
+# a run is killed, what lies there can be resumed and evaluated, or is free for another start.
 
 FILES = ("config.json", "ckpt.pt", "log.jsonl")
 
 
+def check_free(folder):
+    """Raise UserError if a folder holds more than what a start that was killed may have left."""
+    names = set(os.listdir(folder)) if folder.exists() else set()
+    if "ckpt.pt" in names or names - {name + end for name in FILES for end in ("", ".tmp")}:
+        what = "a run" if "ckpt.pt" in names else "something else"
+        raise UserError(f"--out_dir {folder}: holds {what} already; --resume goes on with a run, "
+                        "another folder starts a new one")
+
+
 @contextlib.contextmanager
-def hold(folder, resume):
-    """Have a folder for this run, alone where the system has locks; a start that fails leaves nothing."""
+def hold(folder):
+    """Have a folder, made if need be, where the system has locks alone; without a checkpoint in the end it is
+    left as it was."""
     made, lock = not folder.exists(), None
-    if resume and not folder.is_dir():
-        raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        started = (folder / "ckpt.pt").exists()  # what is there without it, a start that was killed has left
-        if not resume and (started or set(os.listdir(folder)) - {x + end for x in FILES for end in ("", ".tmp")}):
-            raise UserError(f"--out_dir {folder}: holds {'a run' if started else 'something else'} already; "
-                            "--resume goes on with a run, another folder starts a new one")
-        with contextlib.suppress(ImportError, PermissionError):  # a system without locks
+        with contextlib.suppress(ImportError, PermissionError, NotImplementedError):
             import fcntl
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise UserError(f"--out_dir {folder}: another process is writing this run") from None
-    except OSError as error:
-        raise UserError(f"--out_dir {folder}: cannot write there ({error.strerror}); "
-                        "nothing there was overwritten") from None
     finally:
         if lock is not None:
             os.close(lock)
-        if made and not (folder / "ckpt.pt").exists() and folder.exists():
-            for name in os.listdir(folder):
-                (folder / name).unlink()
-            folder.rmdir()
+        if not (folder / "ckpt.pt").exists():
+            (folder / "config.json").unlink(missing_ok=True)
+            if made:
+                folder.rmdir()
 
 
 def save(run, folder, *last_line):
@@ -359,19 +365,16 @@ def save(run, folder, *last_line):
 
 def provenance(argv, device):
     """Where a result comes from -> dict, for the rows of eval.py --json."""
-    def git(*command):
-        with contextlib.suppress(OSError):  # there may be no git
-            done = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
-            return done.stdout.strip() if done.returncode == 0 else None
-    commit, name = git("rev-parse", "--short", "HEAD"), platform.processor()
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    commit, name = None, platform.processor()
+    with contextlib.suppress(OSError):  # there may be no git; "+": with changes that are not committed
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*", "--dirty=+"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     with contextlib.suppress(OSError, IndexError):  # Linux alone has this file
         name = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    return dict(command=f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}",
-                commit=commit and commit + changed, torch=str(torch.__version__), device=device.type,
+    return dict(command=f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}", commit=commit,
+                torch=str(torch.__version__), python=platform.python_version(), device=device.type,
                 device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-                python=platform.python_version(), threads=torch.get_num_threads(),
-                date=str(datetime.date.today()), resumed_at=[])
+                threads=torch.get_num_threads(), date=str(datetime.date.today()), resumed_at=[])
 
 
 def reopen(folder, given):
@@ -414,18 +417,22 @@ def tell(text, live=False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+LOOK_EVERY = 50  # steps between looks at the loss
+
+
 def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def train(run, folder, signals):
-    """Train until solved, to the last step, or until a signal has come in; saves at each evaluation and then."""
+    """Train until solved, to the last step, or until a signal has come in; save at each evaluation and then."""
     s, begin, said = run.settings, time.perf_counter() - run.seconds, 0
-    tell(f"step {run.step:,}: compiling, a minute or two the first time, then seconds ..." * s["compile"], True)
+    if s["compile"]:
+        tell(f"step {run.step:,}: compiling, a minute or two the first time, then seconds ...", live=True)
     while True:
         run.seconds = time.perf_counter() - begin
-        due = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
-        due = due and run.step > (run.log[-1]["step"] if run.log else 0)
+        end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
+        due = end and run.step > (run.log[-1]["step"] if run.log else 0)
         if due or signals or run.step % LOOK_EVERY == 0:
             run.check()
             if run.step and run.seconds > said + 5:
@@ -438,9 +445,10 @@ def train(run, folder, signals):
             save(run, folder)
         if due:
             line, left = run.log[-1], (s["max_steps"] - run.step) * run.seconds / run.step
-            tell(f"step {run.step:6,} | loss {line['loss']:.4f} | exact {percent(line['accuracy']):>5} % | tokens "
-                 f"{' '.join(map(percent, line['token_accuracy']))} | {line['samples'] / run.seconds:,.0f} "
-                 f"graphs/s | {minutes(run.seconds)}, at most {minutes(left)} left")
+            tell(f"step {run.step:6,} | loss {line['loss']:.4f} | exact {percent(line['accuracy']):>5} % | "
+                 f"tokens {' '.join(map(percent, line['token_accuracy']))} | "
+                 f"{line['samples'] / run.seconds:,.0f} graphs/s | {minutes(run.seconds)}, "
+                 f"at most {minutes(left)} left")
         if signals or run.finished():
             return
         try:
@@ -451,32 +459,39 @@ def train(run, folder, signals):
                 optimizer.zero_grad()
 
 
+def describe(run, folder):
+    """What a run will do, in two lines."""
+    s, size = run.settings, sum(p.numel() for p in run.model.parameters())
+    data = s["train_file"] or (f"{s['n_train']:,} graphs" if s["n_train"] else "fresh graphs")
+    return (f"{size:,} parameters in {s['n_layer']} layers of {s['n_embd']}, {s['optimizer']}, batches of "
+            f"{s['batch_size']} of {data}; chance 1/d = {percent(1 / s['deg'])} %\n"
+            f"{run.task}; {s['record']['device_name']}, {s['dtype']}, at most {s['max_steps']:,} steps; into {folder}")
+
+
 def main(argv=None):
     parser, given = parse(argv)
-    signals, settings = [], {}
+    signals, settings, resume = [], {}, given.get("resume", False)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends no run
     try:
-        resume = given.get("resume", False)
         if not (resume and "out_dir" in given):
             settings = settle(given)
         folder = Path(given.get("out_dir") or default_folder(given, settings))
-        with hold(folder, resume), noted(signals):
+        if not resume:
+            check_free(folder)
+        elif not folder.is_dir():
+            raise UserError(f"--resume: there is no run {folder}; name its folder with --out_dir")
+        with hold(folder), noted(signals):
             if resume:
                 settings, state = reopen(folder, given)
-            tell(f"G({settings['deg']},{settings['path_len']}), N = {settings['num_nodes']}: {settings['model']}, "
-                 f"{objective(settings)}; making the model and the graphs ...")
+            tell(f"{settings['model']}, {objective(settings)}: making the model and the graphs ...")
             run = Run(settings)
             settings.setdefault("record", provenance(argv, run.device))
             if resume:
                 run.load_state_dict(state)
                 settings["record"]["resumed_at"].append(run.step)
             save(run, folder)
-            s, size = settings, sum(p.numel() for p in run.model.parameters())
-            data = s["train_file"] or f"{s['n_train']:,} graphs" if s["n_train"] else "fresh graphs"
-            tell(f"{size:,} parameters in {s['n_layer']} layers of {s['n_embd']}, {s['optimizer']}, batches of "
-                 f"{s['batch_size']} of {data}; chance 1/d = {percent(1 / s['deg'])} %\n"
-                 f"{s['record']['device_name']}, {s['dtype']}, at most {s['max_steps']:,} steps; into {folder}")
+            tell(describe(run, folder))
             train(run, folder, signals)
             if signals:
                 tell(f"saved at step {run.step:,}; to go on: "
@@ -486,14 +501,16 @@ def main(argv=None):
             save(run, folder, line)
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
+    except OSError as error:
+        parser.error(f"--out_dir {folder}: {error.strerror}; nothing there was overwritten")
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
-        usual, sizes = settle({}), ("n_train", "n_test", "batch_size", "n_embd", "n_layer", "num_nodes", "deg", "path_len")
-        largest = max(sizes, key=lambda name: settings[name] / usual[name])
-        parser.error(f"--{largest} {settings[largest]}: takes more memory than there is; a smaller one works")
+        sizes, usual = ("n_train", "n_test", "batch_size", "n_embd", "n_layer", "num_nodes"), settle({})
+        name = max(sizes, key=lambda name: settings[name] / usual[name])
+        parser.error(f"--{name} {settings[name]}: takes more memory than there is; a smaller one works")
     found = "solved" if line["accuracy"] >= 0.99 else "not solved"
     tell(f"{found}: {percent(line['accuracy'])} % exact match on {line['n_graphs']:,} unseen graphs after "
          f"{run.step:,} steps, {line['samples']:,} graphs, {minutes(run.seconds)} minutes\n"
