@@ -16,9 +16,7 @@ from einops import rearrange
 
 from data import Parser, PathStar, UserError, inputs, median_ms, random_stream, run_script
 
-# -------------------------------------------------------------------------------------------------------
-# The model. Three functions have a way of their own on a CPU, compiled or not; each takes 5 % or more off a
-# training step there.
+# These three functions have a way of their own on a CPU, where it takes 5 % or more off a training step.
 
 
 def causal_conv(x, conv):
@@ -27,8 +25,7 @@ def causal_conv(x, conv):
     x = F.pad(x, (0, 0, k - 1, 0))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # the library's kernel is fast on an image of one row with channels last, (b, d, 1, t)
-        y = F.conv2d(x.mT[:, :, None], conv.weight[:, :, None], conv.bias, groups=x.shape[2])
-        return y[:, :, 0].mT
+        return F.conv2d(x.mT[:, :, None], conv.weight[:, :, None], conv.bias, groups=x.shape[2])[:, :, 0].mT
     # shifted products, which a compiler fuses into one loop
     y = sum(x[:, i:i + t] * conv.weight[:, 0, i] for i in range(k))
     return y if conv.bias is None else y + conv.bias
@@ -39,11 +36,11 @@ def causal_attention(q, k, v):
     t, d = q.shape[2:]
     if t > 32 or q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # short: plain products, in rows of 16 keys, a CPU's vector; what is added comes last, so nothing reads
-    # it (q is scaled, not the scores: that pattern the compiler would turn into the library's kernel)
+    # Plain products are faster here. Rows of 16 keys fill a CPU's vectors; the keys added come last, so no
+    # token reads them. (Were the scores scaled, not q, the compiler would put the library's kernel back.)
     q, k, v = (F.pad(x, (0, 0, 0, -t % 16)) for x in (q, k, v))
-    later = q.new_full((t + -t % 16,) * 2, -math.inf).triu(1)
-    return ((q / math.sqrt(d) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
+    later = q.new_full((q.shape[2],) * 2, -math.inf).triu(1)  # (t, t), rounded up
+    return (((q / math.sqrt(d)) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
 
 
 def gelu(x):
@@ -72,35 +69,24 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(rearrange(causal_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        return self.c_proj(gelu(self.c_fc(x)))
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        d = config.n_embd
+        self.ln_1 = nn.LayerNorm(d)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.ln_2 = nn.LayerNorm(d)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, 4 * d), c_proj=nn.Linear(4 * d, d)))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp.c_proj(gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
 class LanguageModel(nn.Module):
-    """What a GPT and a Mamba share: token ids (b, t) -> logits (b, t, vocab_size).
-
-    A subclass has embed(idx), ids -> (b, t, d); layers(), its blocks; final_norm, the module before the
-    head; and token_embedding, the nn.Embedding that the head is tied to.
-    """
+    """What a GPT and a Mamba share: token ids (b, t) -> logits (b, t, vocab_size). A subclass has embed(idx),
+    ids -> (b, t, d); layers(), its blocks; final_norm, the module before the head; and token_embedding, the
+    nn.Embedding that the head is tied to."""
 
     def features(self, idx, every=False, last=0):
         """Token ids (b, t) -> what the head reads, (b, t, d); `every`: of each layer, (n_layer, b, t, d);
@@ -172,8 +158,7 @@ def generate(model, task, prefix, teacherless):
 
 
 # -------------------------------------------------------------------------------------------------------
-# The optimisers. A rate may be a float or a tensor of one number, and nothing waits for the device: so a
-# GPU can record a step and replay it.
+# The optimisers. A rate may be a tensor, and nothing waits for the device: so a GPU can record a step.
 
 
 def parameter_groups(modules):
@@ -193,7 +178,6 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             batches = {}
             for p in group["params"]:
                 if not self.state[p]:
@@ -201,14 +185,13 @@ class Muon(torch.optim.Muon):
                 batches.setdefault(p.shape, []).append((p, p.grad, self.state[p]["momentum_buffer"]))
             for (rows, columns), batch in batches.items():
                 params, grads, momenta = zip(*batch)
-                torch._foreach_lerp_(momenta, grads, 1 - momentum)
-                nesterov = torch._foreach_lerp(grads, momenta, momentum)
-                # every direction moves alike, and in a tall matrix further
+                lr, scale = group["lr"], math.sqrt(max(1, rows / columns))  # tall matrices move further
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
                 update = self.orthogonal(torch.stack(nesterov), group).to(params[0].dtype)
-                scale = lr * math.sqrt(max(1, rows / columns))
-                if decay:
-                    torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_sub_(params, (scale * update).unbind())
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_sub_(params, (lr * scale * update).unbind())
 
     @staticmethod
     def orthogonal(x, group):
@@ -216,8 +199,7 @@ class Muon(torch.optim.Muon):
         Newton-Schulz iteration on the side that is shorter."""
         a, b, c = group["ns_coefficients"]
         tall = x.shape[1] > x.shape[2]
-        x = (x.mT if tall else x).bfloat16()
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        x = F.normalize((x.mT if tall else x).bfloat16(), dim=(1, 2), eps=group["eps"])
         for _ in range(group["ns_steps"]):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -226,7 +208,7 @@ class Muon(torch.optim.Muon):
 
 def configure_optimizers(modules, optimizer, lr, muon_lr, weight_decay):
     """A list of optimisers: AdamW, or with `optimizer` "muon" Muon for the matrices and AdamW for the rest.
-    `base_lr` in each group is its rate after the warm-up."""
+    Weight decay is for the matrices alone. `base_lr` in each group is its rate after the warm-up."""
     matrices, rest = (list(group.values()) for group in parameter_groups(modules).values())
     groups = [dict(params=rest, weight_decay=0.0), dict(params=matrices, weight_decay=weight_decay)]
     optimizers = [Muon([groups.pop()], lr=muon_lr)] if optimizer == "muon" else []
@@ -244,7 +226,7 @@ def compiler_failed(error):
     if off or memory or isinstance(error, torch.AcceleratorError):
         raise error
     torch.compiler.set_stance("force_eager")
-    # the compiler wraps what happened, and a C++ compiler says it in one line of many
+    # the compiler wraps what happened; of what a C++ compiler says take the line that tells what is wrong
     error = getattr(error, "inner_exception", None) or error
     lines = str(error).strip().splitlines() or [""]
     reason = next((line for line in lines if "error: " in line), lines[0])
@@ -279,7 +261,6 @@ def time_step(model, task, batch_size):
 def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"GPTs of 8 layers on {device}")
     for deg, n_embd in ((2, 64), (5, 128), (10, 64)):
         task = PathStar(deg, 5, 50)
         time_step(GPT(GPTConfig(task.vocab_size, task.seq_len - 1, n_embd=n_embd)).to(device), task, 64)

@@ -177,8 +177,8 @@ def train_until_solved(kind):
 def step(preset, kind):
     """A training step: recorded beside launched, equal or not, where its time goes."""
     flags = ["--preset", preset, "--model", kind, "--teacherless", "--n_train", "20000"]
-    runs = {name: new_run(*flags, flag) for name, flag in
-            (("launched", "--no-cuda_graph"), ("recorded", "--cuda_graph"), ("launched again", "--no-cuda_graph"))}
+    names = {"launched": "--no-cuda_graph", "recorded": "--cuda_graph", "launched again": "--no-cuda_graph"}
+    runs = {name: new_run(*flags, flag) for name, flag in names.items()}
     losses = {}
     for name, run in runs.items():
         losses[name] = []
