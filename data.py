@@ -1,21 +1,19 @@
 """The task: path-star graphs, as graphs, as tokens, as the official text, as training batches.
 
-A path-star graph G(d, l) has d arms of l - 1 nodes that all leave one start node. The model reads the
-shuffled edges, the start and the goal (the last node of one arm), and must write the path: l nodes.
+A path-star graph G(d, l) has d arms of l - 1 nodes that all leave one start node. Given the shuffled edges,
+the start and the goal (the last node of one arm), a model must write the path, l nodes (Bachmann & Nagarajan,
+"The pitfalls of next-token prediction", ICML 2024, section 4).
 
     python data.py                             # a graph, its text, its tokens, what a model is fed
     python data.py --write test.txt --n 20000  # official text, for --test_file of train.py and eval.py
-
-Source: Bachmann & Nagarajan, "The pitfalls of next-token prediction", ICML 2024, section 4.
 """
-import argparse
 import contextlib
 import math
 import os
 import re
-import statistics
 import sys
-import time
+import timeit
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +35,8 @@ class Graphs(NamedTuple):
 
 @dataclass(frozen=True)
 class PathStar:
-    """The graph G(deg, path_len) with labels drawn from `num_nodes` values, and its tokens.
-
-    Node v is token v, then `|`, `=`, `/` and the dummy `$` of teacherless training; commas have none.
-    Raises UserError (a ValueError), naming the smallest value that works, where there is no such graph.
-    """
+    """The graph G(deg, path_len) with labels drawn from `num_nodes` values, and its tokens. Raises UserError
+    (a ValueError), naming the smallest value that works, where there is no such graph."""
     deg: int
     path_len: int
     num_nodes: int
@@ -52,19 +47,15 @@ class PathStar:
             if getattr(self, name) < least:
                 raise UserError(f"{name} {getattr(self, name)}: {self.graph} needs at least {least}")
 
+    __str__ = lambda self: f"{self.graph}, N = {self.num_nodes}"
     graph = property(lambda self: f"G({self.deg},{self.path_len})")
     num_edges = property(lambda self: self.deg * (self.path_len - 1))
     prefix_len = property(lambda self: 3 * self.num_edges + 3)
     target_len = property(lambda self: self.path_len)
     seq_len = property(lambda self: self.prefix_len + self.target_len)
     vocab_size = property(lambda self: self.num_nodes + 4)
-    bar = property(lambda self: self.num_nodes)
-    equals = property(lambda self: self.num_nodes + 1)
-    slash = property(lambda self: self.num_nodes + 2)
-    dollar = property(lambda self: self.num_nodes + 3)
-
-    def __str__(self):
-        return f"{self.graph}, N = {self.num_nodes}"
+    # node v is token v; behind the nodes come `|`, `=`, `/` and the dummy `$` of teacherless training
+    bar, equals, slash, dollar = (property(lambda self, i=i: self.num_nodes + i) for i in range(4))
 
     def sample(self, n, generator):
         """Draw n graphs with, and on the device of, a torch.Generator -> Graphs, long."""
@@ -85,13 +76,9 @@ class PathStar:
         return Graphs(prefix, target.flip(1) if self.reverse else target, arms)
 
     def encode(self, text):
-        """One line of official text -> prefix (prefix_len,), target (target_len,), long.
-
-        The text has the path from start to goal whatever the task; a reversed task's target mirrors it.
-        Raises ValueError if the line is not, to the letter, a graph of this task with its path.
-        """
-        prefix, target, _ = self._parse(text)
-        return torch.tensor(prefix), torch.tensor(target)
+        """One line of official text, from start to goal whatever the task -> prefix (prefix_len,), target
+        (target_len,), long. Raises ValueError, and says why, if it is no graph of this task."""
+        return self._parse(text)[:2]
 
     def decode(self, prefix, target):
         """Inverse of `encode`: prefix (prefix_len,), target (target_len,) -> a line of official text."""
@@ -100,46 +87,40 @@ class PathStar:
         return f"{edges}/{prefix[-3]},{prefix[-2]}={','.join(map(str, path))}"
 
     def _parse(self, text):
-        """A line of official text -> its prefix, target and arms as lists."""
-        node, E = "(?:0|[1-9][0-9]*)", self.num_edges
-        if not re.fullmatch(rf"{node},{node}(?:\|{node},{node}){{{E - 1}}}/{node},{node}={node}"
-                            rf"(?:,{node}){{{self.path_len - 1}}}", text):
-            raise ValueError(f"not `u,v|...|u,v/start,goal=path` with {E} edges "
-                             f"and {self.path_len} nodes in the path")
-        numbers = [int(x) for x in re.findall("[0-9]+", text)]
-        if max(numbers) >= self.num_nodes:
+        """A line of official text -> its prefix, target and arms."""
+        E, numbers = self.num_edges, [int(digits) for digits in re.findall("[0-9]+", text)]
+        if max(numbers, default=0) >= self.num_nodes:
             raise ValueError(f"node {max(numbers)} is out of range: num_nodes is {self.num_nodes}")
-        edges, (start, goal, *path) = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2])), numbers[2 * E:]
-        following = dict(edges)  # within an arm every node has one successor
-        arms = [[v] for u, v in edges if u == start]
-        for arm in arms:
-            while arm[-1] in following and len(arm) < self.path_len:
-                arm.append(following[arm[-1]])
-        arms.sort(key=lambda arm: arm[-1] != goal)  # the goal's arm first; the others as they appear
-        lengths = [len(arm) for arm in arms]
-        if len({start}.union(*arms)) != 1 + E or lengths != [self.path_len - 1] * self.deg:
-            raise ValueError(f"the edges do not form {self.graph} around node {start}")
-        if path != [start] + arms[0] or path[-1] != goal:
-            raise ValueError(f"the path is not the one from {start} to {goal}")
-        prefix = [token for u, v in edges for token in (u, v, self.bar)]
-        prefix[-1] = self.slash
-        return prefix + [start, goal, self.equals], path[::-1] if self.reverse else path, arms
+        # write the numbers down as they should stand: the text must be the same to the letter
+        edges, ends = list(zip(numbers[:2 * E:2], numbers[1:2 * E:2])), numbers[2 * E:2 * E + 2]
+        tokens, path = [x for edge in edges for x in (self.bar, *edge)][1:], numbers[2 * E + 2:]
+        prefix = torch.tensor([*tokens, self.slash, *ends, self.equals])
+        target = torch.tensor(path[::-1] if self.reverse else path)
+        if len(numbers) != 2 * E + 2 + self.path_len or self.decode(prefix, target) != text:
+            raise ValueError(f"not u,v|...|u,v/start,goal=path with {E} edges and {self.path_len} nodes")
+        # follow each arm to its end (-1): together they have every node once, and the goal's is the path
+        following, arms = dict(edges), [[v] for u, v in edges if u == ends[0]]
+        for arm in arms * (self.path_len - 2):
+            arm.append(following.get(arm[-1], -1))
+        if len(arms) != self.deg or len({ends[0], -1}.union(*arms)) != 2 + E:
+            raise ValueError(f"the edges do not form {self.graph} around node {ends[0]}")
+        arms.sort(key=lambda arm: arm[-1] != ends[1])  # the others stay as they appear
+        if path != [ends[0], *arms[0]] or path[-1] != ends[1]:
+            raise ValueError(f"the path is not the one from {ends[0]} to {ends[1]}")
+        return prefix, target, torch.tensor(arms)
 
 
 def load(path, task):
     """A file of official text -> Graphs. Raises UserError naming the file and the first wrong line."""
     rows = []
     try:
-        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
-            for line in file:
-                rows.append(task._parse(line.rstrip("\r\n")))
+        for line in Path(path).read_text("ascii", "replace").removesuffix("\n").split("\n"):
+            rows.append(task._parse(line))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}, line {len(rows) + 1}: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: holds no graphs")
-    return Graphs(*(torch.tensor(column) for column in zip(*rows)))
+    return Graphs(*map(torch.stack, zip(*rows)))
 
 
 @contextlib.contextmanager
@@ -161,71 +142,57 @@ def save(path, task, graphs):
     if Path(path).exists():
         raise FileExistsError(17, "there is such a file already", str(path))
     with whole_file(path) as file:
-        for prefix, target in zip(graphs.prefix, graphs.target):
-            file.write(f"{task.decode(prefix, target)}\n".encode())
+        file.writelines(f"{task.decode(*graph)}\n".encode() for graph in zip(graphs.prefix, graphs.target))
 
 
 def inputs(task, prefix, target, teacherless):
-    """The tokens a model is fed: prefix (n, prefix_len), target (n, target_len) -> (n, seq_len - 1).
-
-    Standard (teacher forcing, eq. 2 of the paper): the target, shifted; its last token is never fed.
-    Teacherless (eq. 5): the dummy `$` in its place. The loss is on the last target_len positions.
-    """
+    """The tokens a model is fed: prefix (n, prefix_len), target (n, target_len) -> (n, seq_len - 1). Teacher
+    forcing (eq. 2): the target, but for its last token. Teacherless (eq. 5): the dummy `$` in its place."""
     fed = torch.full_like(target[:, 1:], task.dollar) if teacherless else target[:, :-1]
-    return torch.cat([prefix, fed], 1)
+    return torch.cat([prefix, fed], 1)  # the loss is on the last target_len positions
 
 
 # -------------------------------------------------------------------------------------------------------
-# Sets of graphs and batches. Every random draw has a key of its own: the graphs of step s depend on the
-# seed and s alone, so a resumed run sees what it would have seen, and evaluation draws nothing from the
-# training stream. All are drawn on the CPU, so that they are the same on every device.
-
+# Sets of graphs and batches. Every draw has a key of its own and is made on the CPU: the graphs of step s
+# depend on the seed and s alone, so that a resumed run sees what it would have seen, on every device.
 TRAIN, TEST, FRESH, SHUFFLE, VALIDATION = range(5)  # the first integer of a key
 
 
 def random_stream(*key):
     """A torch.Generator on the CPU that depends on the integers of `key` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1)[0]  # 32 bits: all that the generator takes
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def identities(graphs):
-    """A bytes value a graph, the same for the same edges in any order, whichever arm holds the goal."""
-    by_first_node = graphs.arms[:, :, 0].argsort(1)
-    arms = graphs.arms.gather(1, by_first_node[:, :, None].expand_as(graphs.arms)).flatten(1)
-    rows = torch.cat([graphs.prefix[:, -3:-2], arms], 1).to(torch.int32).numpy()
-    return rows.view(f"V{4 * rows.shape[1]}")[:, 0].tolist()
+    """A bytes value a graph, the same for the same edges in any order: their codes, sorted."""
+    edges = (graphs.prefix[:, :-3:3].long() << 32) + graphs.prefix[:, 1:-3:3]  # (n, E)
+    return edges.sort(1).values.numpy().view(f"V{8 * edges.shape[1]}")[:, 0].tolist()
 
 
 def without(graphs, taken):
     """The graphs whose identity is not in the set `taken`."""
     keep = torch.tensor([identity not in taken for identity in identities(graphs)], dtype=torch.bool)
-    return graphs if keep.all() else Graphs(*(x[keep] for x in graphs))
+    return Graphs(*(x[keep] for x in graphs))
 
 
 def draw(task, n, taken, *key, piece=10_000):
-    """n graphs, none of which is in the set of identities `taken` -> Graphs on the CPU, in the smallest
-    integer type that holds the vocabulary. Raises UserError where `taken` leaves none."""
+    """n graphs whose identity is not in the set `taken` -> Graphs on the CPU, in the smallest integer type
+    that holds the vocabulary. Raises UserError where `taken` leaves none."""
     size, pieces, missing = task.vocab_size, [], n
     dtype = torch.uint8 if size <= 256 else torch.int16 if size <= 2 ** 15 else torch.int32
     while missing > 0:
         graphs = without(task.sample(piece, random_stream(*key, len(pieces))), taken)
-        pieces.append(Graphs(*(x.to(dtype) for x in graphs)))
+        pieces.append([x.to(dtype) for x in graphs])
         missing -= len(graphs.prefix)
         if len(pieces) == 10 and missing == n:
-            raise UserError(f"num_nodes {task.num_nodes}: the test graphs are every {task.graph} there is; "
-                            "take more node values or fewer test graphs")
+            raise UserError(f"num_nodes {task.num_nodes}: the test graphs are all there are; take more nodes")
     return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 
 
 def held_out(task, n_test, test=None):
     """The graphs that no run trains on, the same for every seed -> validation (1,000) and test, Graphs, long.
-
-    `test` is a given test set in place of n_test sampled ones. Of a tiny task a set takes at most a tenth of
-    the graphs there are; raises UserError where that is not one.
-    """
-    labels, orders = math.perm(task.num_nodes, 1 + task.num_edges), math.factorial(task.deg)
-    most = labels // orders // 10
+    `test`: a given test set. Of a tiny task a set takes a tenth of all graphs; none is a UserError."""
+    most = math.perm(task.num_nodes, 1 + task.num_edges) // math.factorial(task.deg) // 10
     if not most:
         raise UserError(f"num_nodes {task.num_nodes}: there are not ten {task.graph}; take more node values")
     test = test or draw(task, min(n_test, most), set(), TEST)
@@ -234,41 +201,33 @@ def held_out(task, n_test, test=None):
 
 
 class Batches:
-    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device.
-
-    From `graphs`, a fixed set, reshuffled every epoch; with `graphs` None fresh ones at every step, none of
-    them in `taken`, a set of identities.
-    """
-
+    """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device:
+    from `graphs`, a fixed set, in a new order every epoch, or fresh ones whose identity is not `taken`."""
     def __init__(self, task, batch_size, seed, device, graphs=None, taken=frozenset()):
-        self.task, self.batch_size, self.seed, self.device = task, batch_size, seed, device
-        self.fixed = graphs and Graphs(*(x.to(device) for x in graphs))
-        self.taken, self.epoch, self.order = taken, None, None
+        self.task, self.batch_size, self.seed, self.device, self.taken = task, batch_size, seed, device, taken
+        self.graphs, self.epoch = graphs and Graphs(*(x.to(device) for x in graphs)), None
 
     def __call__(self, step):
-        size = self.batch_size
-        if self.fixed is None:
+        graphs, size, index = self.graphs, self.batch_size, slice(None)
+        if graphs is None:
             graphs = draw(self.task, size, self.taken, FRESH, self.seed, step, piece=size)
-            return graphs.prefix.long().to(self.device), graphs.target.long().to(self.device)
-        n = len(self.fixed.prefix)
-        epoch, batch = divmod(step, n // size)  # what fills no batch is left out
-        if epoch != self.epoch:
-            order = torch.randperm(n, generator=random_stream(SHUFFLE, self.seed, epoch))
-            self.epoch, self.order = epoch, order.to(self.device)
-        index = self.order[batch * size:(batch + 1) * size]
-        return self.fixed.prefix[index].long(), self.fixed.target[index].long()
+        else:
+            epoch, batch = divmod(step, len(graphs.prefix) // size)  # what fills no batch is left out
+            if epoch != self.epoch:
+                order = torch.randperm(len(graphs.prefix), generator=random_stream(SHUFFLE, self.seed, epoch))
+                self.epoch, self.order = epoch, order.to(self.device).split(size)
+            index = self.order[batch]
+        return [x[index].long().to(self.device) for x in graphs[:2]]
 
 
 # -------------------------------------------------------------------------------------------------------
 # What the scripts share: the command line, a clock.
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose errors are one line; the scripts report every mistake of a user through it."""
-
     def __init__(self, doc):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -277,18 +236,17 @@ class Parser(argparse.ArgumentParser):
 def number(kind, least, most):
     """An argparse type: an int or float in [least, most]."""
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r}: must be {what} from {least} to {most}")
+        if least <= kind(text) <= most:
+            return kind(text)
+        raise ValueError
+    parse.__name__ = f"{kind.__name__} from {least} to {most}"  # argparse says: invalid (name) value: (text)
     return parse
 
 
 def some_path(text):
     """An argparse type: a path."""
     if not text:
-        raise argparse.ArgumentTypeError("'': must be a path")
+        raise ValueError
     return text
 
 
@@ -305,29 +263,19 @@ def run_script(main):
 
 
 def median_ms(*functions, repeats=15):
-    """Median times of a call of each function in milliseconds, after one call each to warm up; called in
-    turn, so that a machine that slows down does so for all of them."""
-    times = [[] for _ in functions]
-    for _ in range(repeats + 1):
-        for function, its_times in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            its_times.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(its_times[1:]) for its_times in times]
+    """Median times of a call of each function in milliseconds, after one call to warm up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = [timeit.repeat(lambda: (f(), wait()), number=1, repeat=repeats + 1)[1:] for f in functions]
+    return (1e3 * np.median(times, 1)).tolist()
 
 
 def main():
     parser = Parser(__doc__)
-    for flag, default, least, most, text in (
-            ("--deg", 2, 1, 10**4, "arms, d"), ("--path_len", 5, 2, 10**4, "nodes of the path, l"),
-            ("--num_nodes", 50, 2, 10**4, "node values, N"), ("--seed", 0, 0, 2**32 - 1, "seed"),
-            ("--n", 20_000, 1, 10**7, "graphs to write")):
-        parser.add_argument(flag, type=number(int, least, most), default=default, metavar="X",
-                            help=f"{text} (default {default})")
-    parser.add_argument("--write", metavar="FILE", type=some_path,
-                        help="write official text to this new file, and do nothing else")
+    for name, default, most in (("deg", 2, 10**4), ("path_len", 5, 10**4), ("num_nodes", 50, 10**4),
+                                ("seed", 0, 2**32 - 1), ("n", 20_000, 10**7)):
+        parser.add_argument(f"--{name}", type=number(int, min(1, default), most), default=default,
+                            metavar="X", help=f"default {default}")
+    parser.add_argument("--write", type=some_path, metavar="FILE", help="write n graphs to this new file")
     args = parser.parse_args()
     try:
         task = PathStar(args.deg, args.path_len, args.num_nodes)
@@ -339,14 +287,10 @@ def main():
         parser.error(f"--{error}")
     except OSError as error:
         parser.error(f"--write {args.write}: {error.strerror}")
-
     prefix, target, arms = (x[0] for x in graphs)
-    print(f"{task}\n")
-    for arm in arms.tolist():
-        mark = "   <- the goal" * (arm[-1] == prefix[-2])
-        print(f"{prefix[-3]:>6} -> {' -> '.join(f'{v:2}' for v in arm)}{mark}")
-    print(f"\nofficial text   {task.decode(prefix, target)}\nprefix tokens   {prefix.tolist()}\n"
-          f"                |={task.bar} =={task.equals} /={task.slash} $={task.dollar}")
+    print(f"{task}; the first arm leads to the goal", *arms.tolist(), sep=f"\n    {prefix[-3]} -> ")
+    print(f"official text   {task.decode(prefix, target)}\ntokens: | {task.bar}, = {task.equals}, "
+          f"/ {task.slash}, $ {task.dollar}\nprefix          {prefix.tolist()}")
     for name, answer in (("standard", target), ("teacherless", target), ("reverse", target.flip(0))):
         fed = inputs(task, prefix[None], answer[None], name == "teacherless")[0, task.prefix_len:]
         print(f"{name:<16}fed after the prefix: {fed.tolist()}, to predict: {answer.tolist()}")

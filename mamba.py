@@ -28,15 +28,13 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from data import Parser, PathStar, run_script
-from model import LanguageModel, causal_conv, compiler_failed, median_ms, time_step
+from data import Parser, PathStar, median_ms, run_script
+from model import LanguageModel, causal_conv, compiler_failed, time_step
 
 
 def selective_scan_ref(u, delta, A, B, C, D):
-    """The definition, as a plain loop over time: everything else is tested against it.
-
-    u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d,) -> y (b, l, d), in the dtype of u.
-    """
+    """The definition, as a plain loop over time, which everything else is tested against.
+    u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d,) -> y (b, l, d), in the dtype of u."""
     h = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype, device=u.device)
     y = []
     for t in range(u.shape[1]):
@@ -47,8 +45,7 @@ def selective_scan_ref(u, delta, A, B, C, D):
 
 
 # -------------------------------------------------------------------------------------------------------
-# The same scan, fast. With x_t = delta_t u_t and a_t = exp(delta_t A) it reads
-#
+# The same scan, fast. With x_t = delta_t u_t and a_t = exp(delta_t A) it is
 #     h_t = a_t h_{t-1} + x_t B_t        y_t = C_t . h_t
 #
 # Write dv for the gradient of the loss by v, and g_t for that by h_t. The loss depends on h_t through y_t
@@ -102,11 +99,9 @@ def chunk_forward(x, delta, A, B, C, h):
 
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
-    """The sums over n. Those over d have a kernel of their own: it keeps its sums in registers along one axis.
-
-    dh is the gradient by the state after the chunk through later chunks, a g of the next step -> dx, ddelta,
-    dA (b, d, n), not yet summed over b, and dh of the state before the chunk.
-    """
+    """The sums over n. (Those over d are a kernel of their own: one keeps sums in registers along one axis.)
+    dh: a g of the step after the chunk, the gradient by its last state through all that is later
+    -> dx, ddelta, dA (b, d, n), not yet summed over b, and dh for the chunk before."""
     h, a = states(x, delta, A, B, h)
     dx, ddelta, dA = [], [], 0
     for t in reversed(range(x.shape[1])):
@@ -141,9 +136,8 @@ def compiled(function, device):
     options = {"max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # loops joined
                "cpp.enable_floating_point_contract_flag": "fast"}  # a * b + c may be one instruction
     if function is chunk_backward_d and device == "cpu":
-        # What is used often is stored all the same: on a CPU every state, which takes half as long again.
-        # Without these limits each use computes it anew. That makes compiling slow, and a GPU three times
-        # slower, so only here.
+        # What is used often is stored all the same: here every state, half as slow again. Without these
+        # limits each use computes it anew, which is slow to compile, and on a GPU three times slower.
         options |= dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
                                   "realize_acc_reads_threshold"), no_limit)
     return torch.compile(function, dynamic=False, options=options)
@@ -151,8 +145,8 @@ def compiled(function, device):
 
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""
-    try:
-        return compiled(function, tensors[0].device.type)(*tensors)
+    try:  # detached: it would be compiled anew wherever requires_grad differs
+        return compiled(function, tensors[0].device.type)(*map(Tensor.detach, tensors))
     except Exception as error:  # what the compiler raises differs by back end
         compiler_failed(error)  # says so and turns compiling off, or raises what is not the compiler's fault
         return function(*tensors)
@@ -333,9 +327,9 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
     block_scan = torch.compile(selective_scan, dynamic=False)  # as in a compiled block
     source, target = torch.empty(2, 2**26, device=device)
-    copy_ms = device_ms(lambda: target.copy_(source))
-    print(f"selective scan, forward and backward, fp32, {device}; a copy: {8 * len(source) / copy_ms / 1e9:.3f} TB/s\n"
-          "(b, l, d, n)           loop, ms   scan, ms   loop / scan   TB/s   largest difference", flush=True)
+    copied = 8 * len(source) / device_ms(lambda: target.copy_(source)) / 1e9
+    print(f"selective scan, forward and backward, fp32, {device}; a plain copy: {copied:.4f} TB/s\n"
+          "(b, l, d, n)           loop, ms   scan, ms   loop / scan     TB/s   largest difference")
     for b, l, d, n in shapes[device]:
         sizes = (b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,)
         u, delta, A, B, C, D = (torch.randn(size, device=device) for size in sizes)
@@ -346,7 +340,7 @@ def main():
         # what must move: forward x, delta, B, C and y; backward the first four, dy, and their gradients
         scan_bytes = 4 * (8 * b * l * d + 6 * b * l * n)
         print(f"{(b, l, d, n)!s:<20}{loop_ms:11.0f}{scan_ms:11.2f}{loop_ms / scan_ms:14.1f}"
-              f"{scan_bytes / scan_ms / 1e9:7.3f}{difference:21.1e}", flush=True)
+              f"{scan_bytes / scan_ms / 1e9:9.4f}{difference:21.1e}", flush=True)
 
     task = PathStar(2, 5, 50)
     time_step(Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device), task, batch_size=64)
