@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import re
+import signal
 import sys
 import timeit
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -21,17 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-
 class UserError(ValueError):
     """A user's mistake: one line that names the setting, its value and what would work."""
-
 
 class Graphs(NamedTuple):
     """n graphs of one task, integer tensors. `arms[:, 0]` is the arm that ends in the goal."""
     prefix: torch.Tensor  # (n, prefix_len): the shuffled edges, the start, the goal, `=`
     target: torch.Tensor  # (n, target_len): the path, goal first if the task is reversed
     arms: torch.Tensor    # (n, deg, path_len - 1): the nodes of every arm, from the start outwards
-
 
 @dataclass(frozen=True)
 class PathStar:
@@ -109,7 +107,6 @@ class PathStar:
             raise ValueError(f"the path is not the one from {ends[0]} to {ends[1]}")
         return prefix, target, torch.tensor(arms)
 
-
 def load(path, task):
     """A file of official text -> Graphs. Raises UserError naming the file and the first wrong line."""
     rows = []
@@ -121,7 +118,6 @@ def load(path, task):
     except ValueError as error:
         raise UserError(f"{path}, line {len(rows) + 1}: {error}") from None
     return Graphs(*map(torch.stack, zip(*rows)))
-
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -136,7 +132,6 @@ def whole_file(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save(path, task, graphs):
     """Write Graphs as official text, one line a graph. Raises FileExistsError if there is such a file."""
     if Path(path).exists():
@@ -144,36 +139,30 @@ def save(path, task, graphs):
     with whole_file(path) as file:
         file.writelines(f"{task.decode(*graph)}\n".encode() for graph in zip(graphs.prefix, graphs.target))
 
-
 def inputs(task, prefix, target, teacherless):
     """The tokens a model is fed: prefix (n, prefix_len), target (n, target_len) -> (n, seq_len - 1). Teacher
     forcing (eq. 2): the target, but for its last token. Teacherless (eq. 5): the dummy `$` in its place."""
     fed = torch.full_like(target[:, 1:], task.dollar) if teacherless else target[:, :-1]
     return torch.cat([prefix, fed], 1)  # the loss is on the last target_len positions
 
-
 # -------------------------------------------------------------------------------------------------------
 # Sets of graphs and batches. Every draw has a key of its own and is made on the CPU: the graphs of step s
 # depend on the seed and s alone, so that a resumed run sees what it would have seen, on every device.
 TRAIN, TEST, FRESH, SHUFFLE, VALIDATION = range(5)  # the first integer of a key
 
-
 def random_stream(*key):
     """A torch.Generator on the CPU that depends on the integers of `key` alone."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
 
 def identities(graphs):
     """A bytes value a graph, the same for the same edges in any order: their codes, sorted."""
     edges = (graphs.prefix[:, :-3:3].long() << 32) + graphs.prefix[:, 1:-3:3]  # (n, E)
     return edges.sort(1).values.numpy().view(f"V{8 * edges.shape[1]}")[:, 0].tolist()
 
-
 def without(graphs, taken):
     """The graphs whose identity is not in the set `taken`."""
     keep = torch.tensor([identity not in taken for identity in identities(graphs)], dtype=torch.bool)
     return Graphs(*(x[keep] for x in graphs))
-
 
 def draw(task, n, taken, *key, piece=10_000):
     """n graphs whose identity is not in the set `taken` -> Graphs on the CPU, in the smallest integer type
@@ -188,7 +177,6 @@ def draw(task, n, taken, *key, piece=10_000):
             raise UserError(f"num_nodes {task.num_nodes}: the test graphs are all there are; take more nodes")
     return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 
-
 def held_out(task, n_test, test=None):
     """The graphs that no run trains on, the same for every seed -> validation (1,000) and test, Graphs, long.
     `test`: a given test set. Of a tiny task a set takes a tenth of all graphs; none is a UserError."""
@@ -198,7 +186,6 @@ def held_out(task, n_test, test=None):
     test = test or draw(task, min(n_test, most), set(), TEST)
     validation = draw(task, min(1000, most), set(identities(test)), VALIDATION)
     return [Graphs(*(x.long() for x in graphs)) for graphs in (validation, test)]
-
 
 class Batches:
     """batches(step) -> prefix (batch_size, prefix_len), target (batch_size, target_len), long, on the device:
@@ -219,10 +206,8 @@ class Batches:
             index = self.order[batch]
         return [x[index].long().to(self.device) for x in graphs[:2]]
 
-
 # -------------------------------------------------------------------------------------------------------
-# What the scripts share: the command line, a clock.
-
+# What the scripts share: the command line, signals, output, a clock.
 
 class Parser(ArgumentParser):
     """A parser whose errors are one line; the scripts report every mistake of a user through it."""
@@ -231,7 +216,6 @@ class Parser(ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
 
 def number(kind, least, most):
     """An argparse type: an int or float in [least, most]."""
@@ -242,13 +226,31 @@ def number(kind, least, most):
     parse.__name__ = f"{kind.__name__} from {least} to {most}"  # argparse says: invalid (name) value: (text)
     return parse
 
-
 def some_path(text):
     """An argparse type: a path."""
     if not text:
         raise ValueError
     return text
 
+def noted(stack):
+    """Only note signals that ask to stop, until the ExitStack closes -> the list that they are noted in."""
+    signals = []
+    def note(kind, frame):
+        signals.append(kind)
+        signal.signal(kind, signal.SIG_DFL)  # a second one ends the process at once
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        with contextlib.suppress(ValueError):  # Python lets no thread but the main one do this
+            if signal.getsignal(kind) != signal.SIG_IGN:
+                stack.callback(signal.signal, kind, signal.signal(kind, note))
+    return signals
+
+def tell(text, live=False):
+    """Print a line, on a terminal over the live one; a reader that has gone or a full disk ends no run."""
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    try:
+        print(clear + text, end="" if live and clear else "\n", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
@@ -261,13 +263,11 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more
         sys.exit(None if isinstance(error, BrokenPipeError) else f"cannot print: {error.strerror}")
 
-
 def median_ms(*functions, repeats=15):
     """Median times of a call of each function in milliseconds, after one call to warm up."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = [timeit.repeat(lambda: (f(), wait()), number=1, repeat=repeats + 1)[1:] for f in functions]
     return (1e3 * np.median(times, 1)).tolist()
-
 
 def main():
     parser = Parser(__doc__)
@@ -294,7 +294,6 @@ def main():
     for name, answer in (("standard", target), ("teacherless", target), ("reverse", target.flip(0))):
         fed = inputs(task, prefix[None], answer[None], name == "teacherless")[0, task.prefix_len:]
         print(f"{name:<16}fed after the prefix: {fed.tolist()}, to predict: {answer.tolist()}")
-
 
 if __name__ == "__main__":
     run_script(main)

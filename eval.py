@@ -9,8 +9,11 @@
 import contextlib
 import hashlib
 import json
+import shlex
 import statistics
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -30,27 +33,22 @@ TITLES = {"gpt": "GPT", "mamba": "Mamba"}
 COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-ahead + deep": "#0072b2",
            "reverse": "#009e73"}  # of the objectives in the figure, in their order; the third is the cure
 
-
 def objective(settings):
     """The name of what a run is trained on: the paper's objective, and what is added to it."""
     name = " ".join(x for x in ("teacherless", "reverse") if settings[x]) or "standard"
     return name + " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
-
 
 def paper_accuracy(model, task, name):
     """The paper's figure for the objective of this very name (or None), on a task as "G(2,5), N = 50"."""
     cells = PAPER[model].get(task.split(", N")[0], ())
     return dict(zip(("standard", "teacherless", "reverse"), cells)).get(name)
 
-
 def percent(x):
     """A fraction in %, one decimal, cut off and not rounded: 100.0 says that nothing is wrong."""
     return "-" if x is None else f"{int(1000 * x + 1e-4) / 10:.1f}"
 
-
 # -------------------------------------------------------------------------------------------------------
 # Exact match, and the Clever Hans cheat.
-
 
 @torch.no_grad()
 def predict(model, task, prefix, target, teacherless, batch_size=None):
@@ -67,13 +65,10 @@ def predict(model, task, prefix, target, teacherless, batch_size=None):
         found.append((logits.argmax(-1), F.cross_entropy(logits.transpose(1, 2), y, reduction="none")))
     return [torch.cat(pieces).cpu() for pieces in zip(*found)]
 
-
 def evaluate(model, task, graphs, teacherless, batch_size=None):
-    """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (exact match: the whole
-    path right under greedy decoding) and token_accuracy (a list along the target), fractions of 1; in
-    standard training with a wrong arm also what the model does when it is fed that (section 4.3): follows,
-    the shares of graphs where it names the arm's second node, ..., its last, and clever_hans, where it
-    names all but the last and so plans nothing (the last may be copied: in training it was the goal)."""
+    """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (of the whole path, greedy
+    decoding), token_accuracy (a list); in standard training also, when it is fed a wrong arm (section 4.3),
+    follows: shares of graphs where it names its second node, ..., its last; clever_hans: all but the last."""
     # one pass does, not l: a generated path is right exactly if each token behind the true ones is
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
     right = (answer == graphs.target).double()  # (n, l)
@@ -86,16 +81,13 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
         result |= dict(clever_hans=follows[:, :-1].amin(1).mean().item(), follows=follows.mean(0).tolist())
     return result
 
-
 # -------------------------------------------------------------------------------------------------------
 # A run's folder read back: config.json (its settings and a record of how it was made), ckpt.pt, log.jsonl.
-
-# What may change when a run is resumed, with its types: how long it runs and where, not what it computes;
+# What may change when a run is resumed (how long it runs and where, not what it computes), with its types;
 # and what a setting was in the runs of commits that did not have it.
 FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
             out_dir=str | None, train_file=str | None, test_file=str | None)
 AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, average=0.0, a_scale=1.0, cuda_graph=False)
-
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
@@ -104,7 +96,6 @@ def pick_device(name):
         return torch.empty(1, device=there[0] if name == "auto" else name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}") from None
-
 
 def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
@@ -115,7 +106,6 @@ def build(s):
     sizes = s["n_layer"], s["n_embd"], s["d_state"]
     return task, Mamba(MambaConfig(task.vocab_size, *sizes, a_scale=s["a_scale"]))
 
-
 @contextlib.contextmanager
 def readable(file):
     """Turn whatever a damaged or foreign file makes its readers raise into one line."""
@@ -124,7 +114,6 @@ def readable(file):
     except Exception as error:
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
-
 
 def load_run(folder):
     """A run's settings and checkpoint (dicts), the latter with the "record" of config.json."""
@@ -143,7 +132,6 @@ def load_run(folder):
             raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
     return settings | {name: said[name] for name in FREE if name in said}, checkpoint
 
-
 def load_model(folder, device="cpu"):
     """settings, checkpoint, task and trained model of a run: the average of its weights, if it has one."""
     settings, checkpoint = load_run(folder)
@@ -152,6 +140,24 @@ def load_model(folder, device="cpu"):
         model.load_state_dict(checkpoint["model"])
     return settings, checkpoint, task, model.to(device).eval()
 
+def reopen(folder, given):
+    """Settings and checkpoint of a run to go on with. Raises UserError if the flags given ask for another."""
+    settings, checkpoint = load_run(folder)
+    for name in given.keys() - {"resume", *FREE}:
+        if given[name] != settings[name]:
+            raise UserError(f"--{name} {given[name]}: the run has {settings[name]}; leave the flag out")
+    return settings | {name: given[name] for name in FREE if name in given}, checkpoint
+
+def provenance(argv, device):
+    """How a run is made -> dict, its record."""
+    ask = lambda shell: subprocess.run(shell, shell=True, cwd=Path(__file__).parent, capture_output=True,
+                                       text=True).stdout.strip() or None
+    processor = ask("sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo")
+    return dict(command=f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}",
+                commit=ask("git describe --always --exclude='*' --dirty=+"),  # "+": with changes
+                torch=str(torch.__version__), python=sys.version.split()[0], device=device.type,
+                device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), resumed_at=[])
 
 def load_file(s, flag, task):
     """The Graphs of the file that a setting names, None if it names none. The settings s (dict) keep its full
@@ -168,7 +174,6 @@ def load_file(s, flag, task):
         s[flag] = str(path)
         return graphs
 
-
 def test_graphs(settings, task, test_file=None, n_test=None):
     """A run's own test graphs or those of another file, all or the first n_test of them -> Graphs."""
     graphs = load_file(dict(test_file=test_file) if test_file else settings, "test_file", task)
@@ -177,10 +182,8 @@ def test_graphs(settings, task, test_file=None, n_test=None):
         raise UserError(f"--n_test {n_test}: there are {len(graphs.target)} test graphs")
     return Graphs(*(x[:n_test] for x in graphs))
 
-
 # -------------------------------------------------------------------------------------------------------
 # The table, the examples, the layers, the plots.
-
 
 def measure(folder, settings, checkpoint, task, model, graphs):
     """Evaluate a run -> dict, its row (accuracies as fractions of 1)."""
@@ -193,7 +196,6 @@ def measure(folder, settings, checkpoint, task, model, graphs):
         solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name),
         first_node=result["token_accuracy"][-2 if task.reverse else 1], chance=1 / task.deg)
 
-
 def report(row):
     """A row as a line of text."""
     return (f"{row['task']}  {TITLES[row['model']]:5}  {row['objective']:31}  seed {row['seed']}  exact "
@@ -201,11 +203,9 @@ def report(row):
             f"{' '.join(map(percent, row.get('token_accuracy') or []))} %  Clever Hans "
             f"{percent(row.get('clever_hans')):>5} %  {row.get('run') or row['command']}")
 
-
 def cell(rows, *key):
     """The rows of a task, an objective and a model: its seeds."""
     return [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
-
 
 def summary(rows):
     """Rows -> the README's table, lines of Markdown: the mean over the seeds, their range, median minutes."""
@@ -221,7 +221,6 @@ def summary(rows):
                      f"{statistics.median(minutes):.1f} {seeds[0]['device']}" if seeds else "-"]
         yield f"| {' | '.join(line)} |"
 
-
 def show(task, model, graphs, teacherless, k):
     """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""
     answer, _ = predict(model, task, graphs.prefix, graphs.target, teacherless)
@@ -233,7 +232,6 @@ def show(task, model, graphs, teacherless, k):
         text, said = (task.decode(graphs.prefix[i], path) for path in (graphs.target[i], answer))
         yield f"{'right' if right[i] else 'WRONG'}  {text}   model: {said.split('=')[1]}"
 
-
 @torch.no_grad()
 def read_layers(task, model, graphs, teacherless):
     """Accuracy of each token, as the head reads it behind each layer: where in the model it is found."""
@@ -243,7 +241,6 @@ def read_layers(task, model, graphs, teacherless):
         right += (model.head(x[:, :, -task.target_len:]).argmax(-1) == target).sum(1)  # (n_layer, l)
     for layer, tokens in enumerate((right / len(graphs.target)).tolist(), 1):
         yield f"layer {layer:2}: tokens % {' '.join(map(percent, tokens))}"
-
 
 def plot_curves(runs, file):
     """Against graphs seen: each node's accuracy for one run (folder, settings, log), else exact match."""
@@ -267,7 +264,6 @@ def plot_curves(runs, file):
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.figure.legend(fontsize="small", loc=f"outside {'right' if len(runs) == 1 else 'lower'} center")
     ax.figure.savefig(file, dpi=150)
-
 
 def plot_bars(rows, file):
     """The paper's main figure redrawn: exact match by graph and objective, a line of bars a model; ours is
@@ -301,7 +297,6 @@ def plot_bars(rows, file):
     figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(file, dpi=150)
 
-
 def main(argv=None):
     parser = Parser(__doc__)
     flag, yes = parser.add_argument, dict(action="store_true")
@@ -313,7 +308,7 @@ def main(argv=None):
     flag("--json", **yes, help="print a JSON object a run instead of the table")
     flag("--plot", type=some_path, metavar="FILE.png", help="draw accuracy against graphs seen")
     flag("--bars", type=some_path, metavar="FILE.png", help="draw the exact match beside the paper's")
-    flag("--device", help="cuda, mps or cpu (default: the first one there)")
+    flag("--device", type=some_path, help="cuda, mps or cpu (default: the first one there)")
     flag("--no-compile", **yes, help="run nothing compiled (default: as the run did)")
     args = parser.parse_args(argv)
     kept = [run for run in args.runs if run.endswith(".jsonl")]
@@ -325,8 +320,9 @@ def main(argv=None):
             if run in kept:
                 with readable(run):
                     found = [json.loads(line) for line in Path(run).read_text().splitlines()]
+                    found = [row for row in found if row["table"]] or found
                     list(summary(found)), list(map(report, found))[0]  # raise where a row lacks something
-                    rows += [row for row in found if row["table"]] or found
+                    rows += found
                 continue
             s, checkpoint, task, model = load_model(run, pick_device(args.device or "auto"))
             if args.no_compile or not s["compile"]:
@@ -349,7 +345,6 @@ def main(argv=None):
         print(line, flush=True)
     if errors:
         parser.exit(2, "".join(f"{parser.prog}: error: {error}\n" for error in errors))
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -31,7 +31,6 @@ from torch import Tensor
 from data import Parser, PathStar, median_ms, run_script
 from model import LanguageModel, causal_conv, compiler_failed, time_step
 
-
 def selective_scan_ref(u, delta, A, B, C, D):
     """The definition, as a plain loop over time, which everything else is tested against.
     u, delta (b, l, d); A (d, n); B, C (b, l, n); D (d,) -> y (b, l, d), in the dtype of u."""
@@ -42,7 +41,6 @@ def selective_scan_ref(u, delta, A, B, C, D):
         h = a * h + einsum(delta[:, t] * u[:, t], B[:, t], "b d, b n -> b d n")
         y.append(einsum(h, C[:, t], "b d n, b n -> b d") + D * u[:, t])
     return torch.stack(y, dim=1)
-
 
 # -------------------------------------------------------------------------------------------------------
 # The same scan, fast. With x_t = delta_t u_t and a_t = exp(delta_t A) it is
@@ -64,7 +62,6 @@ def selective_scan_ref(u, delta, A, B, C, D):
 # no more than 16 steps; 16 on a CPU gain a tenth at most and take twice as long to compile.
 CHUNK = dict(cpu=8, cuda=16)
 
-
 def exp(x):
     """torch.exp of x <= 0, to 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time in
     it, a faster one: e^x = 2^(i + f), with the integer i in a float's exponent and a polynomial for 2^f."""
@@ -77,10 +74,8 @@ def exp(x):
         power = power * f + c
     return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # below 2^-126: 0
 
-
 # In a chunk of T steps x, delta and y are (b, T, d, 1), B and C (b, T, 1, n), A is (d, n), and h, a and g
 # are (b, d, n): they broadcast. Time counts from 0: step t leads from h[t] to h[t + 1], with decay a[t].
-
 
 def states(x, delta, A, B, h):
     """From the state h before a chunk -> its T + 1 states, h first, and its T decays, as lists."""
@@ -90,13 +85,11 @@ def states(x, delta, A, B, h):
         h.append(a[t] * h[t] + x[:, t] * B[:, t])
     return h, a
 
-
 def chunk_forward(x, delta, A, B, C, h):
     """From the state h before a chunk -> y without the skip D u, and the state after the chunk."""
     h, _ = states(x, delta, A, B, h)
     y = [(C[:, t] * h[t + 1]).sum(2, keepdim=True) for t in range(x.shape[1])]
     return torch.stack(y, dim=1), h[-1]
-
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     """The sums over n. (Those over d are a kernel of their own: one keeps sums in registers along one axis.)
@@ -113,7 +106,6 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
         dA = dA + delta[:, t] * dlog_a
     return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
-
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
     """The sums over d, first in groups of 16 channels, which fit registers, then of the groups -> dB, dC."""
     group = 16 if x.shape[2] % 16 == 0 else 1
@@ -126,7 +118,6 @@ def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
         dB.append(over_group(g * x[:, t]))
         dC.append(over_group(h[t + 1] * dy[:, t]))
     return tuple(torch.stack(v[::-1], 1).sum(2, keepdim=True) for v in (dB, dC))
-
 
 @cache  # at the first call, not on import: torch.compile imports the compiler, for seconds
 def compiled(function, device):
@@ -142,7 +133,6 @@ def compiled(function, device):
                                   "realize_acc_reads_threshold"), no_limit)
     return torch.compile(function, dynamic=False, options=options)
 
-
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""
     try:  # detached: it would be compiled anew wherever requires_grad differs
@@ -151,14 +141,12 @@ def run(function, *tensors):
         compiler_failed(error)  # says so and turns compiling off, or raises what is not the compiler's fault
         return function(*tensors)
 
-
 # Both directions are operators, as the model around them is compiled too: its compiler calls an operator as
 # it is, where it would unroll the loop of a function; the "fakes" tell it the shapes of the outputs. (A
 # torch.autograd.Function kept from the compiler cuts every block in pieces: a step takes 5 to 8 % longer.)
 @torch.library.custom_op("pitfalls::scan_chunk", mutates_args=())
 def scan_chunk(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> list[Tensor]:
     return list(run(chunk_forward, x, delta, A, B, C, h))
-
 
 @torch.library.custom_op("pitfalls::scan_chunk_backward", mutates_args=())
 def scan_chunk_backward(inputs: list[Tensor]) -> list[Tensor]:
@@ -167,17 +155,14 @@ def scan_chunk_backward(inputs: list[Tensor]) -> list[Tensor]:
     dB, dC = run(chunk_backward_d, *inputs)
     return [dx, ddelta, dA.sum(0), dB, dC, dh]
 
-
 scan_chunk.register_fake(lambda x, delta, A, B, C, h: [torch.empty_like(x), torch.empty_like(h)])
 scan_chunk_backward.register_fake(lambda inputs: [torch.empty_like(v) for v in inputs[:6]])
 scan_chunk.register_autograd(
     lambda ctx, grads: tuple(scan_chunk_backward([*ctx.saved_tensors, *(g.contiguous() for g in grads)])),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-
 def at_least_fp32(x):
     return x if x.dtype == torch.float64 else x.float()
-
 
 def selective_scan(u, delta, A, B, C, D):
     """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1, in the dtype of u.
@@ -195,10 +180,8 @@ def selective_scan(u, delta, A, B, C, D):
         y.append(y_c)
     return (torch.cat(y, dim=1)[:, :l, :, 0] + D * u).to(dtype)
 
-
 # -------------------------------------------------------------------------------------------------------
 # The block and the model.
-
 
 @dataclass
 class MambaConfig:
@@ -209,7 +192,6 @@ class MambaConfig:
     d_conv: int = 4
     expand: int = 2
     a_scale: float = 1.0  # A = -a_scale (1 .. d_state) at the start; 1: S4D-real, as in the reference
-
 
 class Mixer(nn.Module):
     """gate * scan(conv(x)), between two projections (Mamba paper, figure 3, section 3.4)."""
@@ -257,7 +239,6 @@ class Mixer(nn.Module):
         y = einsum(h, C, "b d n, b n -> b d") + self.D * u
         return self.out_proj(y * F.silu(gate)), (window[:, 1:], h)
 
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -266,7 +247,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.mixer(self.norm(x))
-
 
 class Mamba(LanguageModel):
     token_embedding = property(lambda self: self.backbone.embedding)
@@ -298,15 +278,12 @@ class Mamba(LanguageModel):
             new_states.append(state)
         return self.head(self.final_norm(x)), new_states
 
-
 # -------------------------------------------------------------------------------------------------------
 # The check and the timing.
-
 
 def forward_and_gradients(function, arguments):
     y = function(*arguments)
     return y.detach(), *torch.autograd.grad(y, arguments, torch.ones_like(y))
-
 
 def device_ms(function):
     """Median time of a call. On a GPU as ten calls in a CUDA graph, without Python, which takes longer."""
@@ -317,7 +294,6 @@ def device_ms(function):
         for _ in range(10):
             function()
     return median_ms(graph.replay)[0] / 10
-
 
 def main():
     Parser(__doc__).parse_args()
@@ -344,7 +320,6 @@ def main():
 
     task = PathStar(2, 5, 50)
     time_step(Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device), task, batch_size=64)
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -18,7 +18,6 @@ from data import Parser, PathStar, UserError, inputs, median_ms, random_stream, 
 
 # These three functions have a way of their own on a CPU, where it takes 5 % or more off a training step.
 
-
 def causal_conv(x, conv):
     """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d)."""
     t, k = x.shape[1], conv.kernel_size[0]
@@ -29,7 +28,6 @@ def causal_conv(x, conv):
     # shifted products, which a compiler fuses into one loop
     y = sum(x[:, i:i + t] * conv.weight[:, 0, i] for i in range(k))
     return y if conv.bias is None else y + conv.bias
-
 
 def causal_attention(q, k, v):
     """Queries, keys and values (b, h, t, d) -> (b, h, t, d)."""
@@ -42,13 +40,11 @@ def causal_attention(q, k, v):
     later = q.new_full((q.shape[2],) * 2, -math.inf).triu(1)  # (t, t), rounded up
     return (((q / math.sqrt(d)) @ k.mT + later).softmax(-1) @ v)[:, :, :t]
 
-
 def gelu(x):
     """GPT-2's: x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if x.device.type == "cpu" and torch.compiler.is_compiling():  # sigmoid(2 z): a CPU's tanh is slow
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -68,7 +64,6 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (rearrange(x, "b t (h d) -> b h t d", h=self.n_head) for x in qkv.chunk(3, dim=-1))
         return self.c_proj(rearrange(causal_attention(q, k, v), "b h t d -> b t (h d)"))
 
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -81,7 +76,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp.c_proj(gelu(self.mlp.c_fc(self.ln_2(x))))
-
 
 class LanguageModel(nn.Module):
     """What a GPT and a Mamba share: token ids (b, t) -> logits (b, t, vocab_size). A subclass has embed(idx),
@@ -104,7 +98,6 @@ class LanguageModel(nn.Module):
     def forward(self, idx):
         return self.head(self.features(idx))
 
-
 @dataclass
 class GPTConfig:
     vocab_size: int
@@ -113,7 +106,6 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
-
 
 class GPT(LanguageModel):
     """GPT-2, for up to block_size tokens. Raises UserError if n_head does not divide n_embd."""
@@ -143,7 +135,6 @@ class GPT(LanguageModel):
     def layers(self):
         return self.h
 
-
 @torch.no_grad()
 def generate(model, task, prefix, teacherless):
     """The model's own answer by greedy decoding: prefix (n, prefix_len) -> (n, target_len), long. A standard
@@ -156,10 +147,8 @@ def generate(model, task, prefix, teacherless):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     return tokens[:, task.prefix_len:]
 
-
 # -------------------------------------------------------------------------------------------------------
 # The optimisers. A rate may be a tensor, and nothing waits for the device: so a GPU can record a step.
-
 
 def parameter_groups(modules):
     """Named, disjoint and complete: the matrices of the maps, which Muon takes and weight decay shrinks, and
@@ -169,7 +158,6 @@ def parameter_groups(modules):
     for name, p in modules.named_parameters():
         groups["matrices" if id(p) in maps else "rest"][name] = p
     return groups
-
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) with all matrices of one shape as one batch: one by one, a
@@ -205,7 +193,6 @@ class Muon(torch.optim.Muon):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
 
-
 def configure_optimizers(modules, optimizer, lr, muon_lr, weight_decay):
     """A list of optimisers: AdamW, or with `optimizer` "muon" Muon for the matrices and AdamW for the rest.
     Weight decay is for the matrices alone. `base_lr` in each group is its rate after the warm-up."""
@@ -216,7 +203,6 @@ def configure_optimizers(modules, optimizer, lr, muon_lr, weight_decay):
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers
-
 
 def compiler_failed(error):
     """Turn torch.compile off in this process, and say why in one line on stderr. Raises `error` itself if
@@ -233,7 +219,6 @@ def compiler_failed(error):
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(f"torch.compile failed ({type(error).__name__}: {reason}): running uncompiled, which is slower",
               file=sys.stderr, flush=True)
-
 
 def time_step(model, task, batch_size):
     """Print a model's parameters and the time of a training step, eager and compiled (medians of 15)."""
@@ -257,14 +242,12 @@ def time_step(model, task, batch_size):
     print(f"{task}, batch {batch_size}, {sum(p.numel() for p in model.parameters()):,} parameters: a step "
           f"takes {', compiled '.join(f'{ms:.1f} ms' for ms in times)}", flush=True)
 
-
 def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for deg, n_embd in ((2, 64), (5, 128), (10, 64)):
         task = PathStar(deg, 5, 50)
         time_step(GPT(GPTConfig(task.vocab_size, task.seq_len - 1, n_embd=n_embd)).to(device), task, 64)
-
 
 if __name__ == "__main__":
     run_script(main)
