@@ -83,8 +83,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 
 # -------------------------------------------------------------------------------------------------------
 # A run's folder read back: config.json (its settings and a record of how it was made), ckpt.pt, log.jsonl.
-# What may change when a run is resumed (how long it runs and where, not what it computes), with its types;
-# and what a setting was in the runs of commits that did not have it.
+# What may change when a run is resumed, with its types; what a setting was where a commit did not have it.
 FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
             out_dir=str | None, train_file=str | None, test_file=str | None)
 AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, average=0.0, a_scale=1.0, cuda_graph=False)
@@ -216,9 +215,10 @@ def summary(rows):
         for model in PAPER:
             seeds, paper = cell(rows, task, name, model), percent(paper_accuracy(model, task, name))
             exact, minutes = ([row[field] for row in seeds] for field in ("accuracy", "minutes"))
+            devices = "/".join(sorted({row["device"] for row in seeds}))
             mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
             line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
-                     f"{statistics.median(minutes):.1f} {seeds[0]['device']}" if seeds else "-"]
+                     f"{statistics.median(minutes):.1f} {devices}" if seeds else "-"]
         yield f"| {' | '.join(line)} |"
 
 def show(task, model, graphs, teacherless, k):

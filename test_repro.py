@@ -1,7 +1,6 @@
 """The tests, in the order of the files: pytest -q -m "not slow" test_repro.py. No GPU, no downloads."""
 import contextlib
 import copy
-import errno
 import json
 import math
 import os
@@ -51,13 +50,12 @@ OFFICIAL = """\
 
 # Every setting is named, so that a better recipe in a preset changes no test.
 TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=7, n_layer=2, n_embd=32, batch_size=8, n_train=64,
-            n_test=32, max_steps=12, eval_every=4, warmup=5, average=0.8, stop_at=0, optimizer="muon", lr=0.01,
-            weight_decay=0.0, ahead=0.0, deep=False, device="cpu", dtype="float32", compile=False)
+            n_test=32, max_steps=12, eval_every=4, warmup=5, average=0.8, stop_at=0, optimizer="muon",
+            lr=0.01, weight_decay=0.0, ahead=0.0, deep=False, device="cpu", dtype="float32", compile=False)
 TASK = PathStar(2, 3, 7)
 BOTH_MODELS = pytest.mark.parametrize("model", ["gpt", "mamba"])
-BOTH_MODES = pytest.mark.parametrize("teacherless", [False, True], ids=["standard", "teacherless"])
-MAIN = {"data.py": data.main, "model.py": gpt.main, "mamba.py": mamba.main, "eval.py": evaluation.main,
-        "train.py": train.main}
+MAIN = {f"{module.__name__}.py": module.main for module in (data, gpt, mamba, evaluation, train)}
+FILES = {"config.json", "ckpt.pt", "log.jsonl"}
 
 @pytest.fixture(autouse=True)
 def uncompiled():
@@ -77,7 +75,7 @@ def compiling():
 def tiny(model="gpt", **given):
     """The flags of a run that takes a second; a file of graphs takes the place of a number of them."""
     own = dict(n_head=4, short_conv=4) if model == "gpt" else dict(d_state=16, a_scale=1.0)
-    replaced = {name.replace("_file", "").join(("n_", "")) for name in given if name.endswith("_file")}
+    replaced = {f"n_{name[:-5]}" for name in given if name.endswith("_file")}
     return {k: v for k, v in (TINY | own | dict(model=model) | given).items() if k not in replaced}
 
 def new_run(**given):
@@ -136,18 +134,14 @@ def call(monkeypatch, capfd):
     return main
 
 # data.py -------------------------------------------------------------------------------------------------
-
-def edges_of(prefix):
-    return list(zip(prefix[:-3:3], prefix[1:-3:3]))
-
 def edge_sets(graphs):
-    return {frozenset(edges_of(prefix)) for prefix in graphs[0].tolist()}
+    return {frozenset(zip(prefix[:-3:3], prefix[1:-3:3])) for prefix in graphs[0].tolist()}
 
 def assert_path_star(task, prefix, target):
     """Check every property of one graph, from its tokens alone, in plain Python."""
     assert len(prefix) == task.prefix_len == 3 * task.num_edges + 3 and len(target) == task.path_len
     assert prefix[2:-3:3] == [task.bar] * (task.num_edges - 1) + [task.slash] and prefix[-1] == task.equals
-    edges, (first, goal) = edges_of(prefix), prefix[-3:-1]
+    edges, (first, goal) = list(zip(prefix[:-3:3], prefix[1:-3:3])), prefix[-3:-1]
     nodes, parent = {v for edge in edges for v in edge}, {v: u for u, v in edges}
     assert len(nodes) == 1 + task.num_edges and min(nodes) >= 0 and max(nodes) < task.num_nodes
     assert len(parent) == task.num_edges and first not in parent
@@ -164,7 +158,7 @@ def assert_path_star(task, prefix, target):
 @pytest.mark.parametrize("deg, path_len, num_nodes",
                          [(2, 5, 50), (1, 2, 2), (5, 5, 21), (3, 2, 300), (20, 5, 100), (2, 20, 50)])
 def test_every_sampled_graph_is_a_path_star(tmp_path, deg, path_len, num_nodes, reverse):
-    """The sampler: separators, distinct labels, d arms of l - 1 nodes, the path; and a file holds it all."""
+    """Separators, distinct labels, d arms of l - 1 nodes, the path; and a file holds it all."""
     task = PathStar(deg, path_len, num_nodes, reverse)
     graphs = task.sample(50, random_stream(7))
     assert [x.shape for x in graphs] == [(50, task.prefix_len), (50, path_len), (50, deg, path_len - 1)]
@@ -231,8 +225,6 @@ def test_sets_are_drawn_by_their_key_and_disjoint():
         draw(small, 10, set(identities(draw(small, 2000, set(), TRAIN))), TRAIN, 0)
     a, b, other = (draw(task, 100, set(), TRAIN, seed) for seed in (0, 0, 1))
     assert same(a, b) and not edge_sets(a) & edge_sets(other)
-    for num_nodes, kind in ((252, torch.uint8), (253, torch.int16), (2 ** 15 - 3, torch.int32)):
-        assert draw(PathStar(1, 2, num_nodes), 1, set(), TRAIN, piece=1).prefix.dtype == kind
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "fresh"])
 def test_batches_depend_on_seed_and_step_alone(fixed):
@@ -252,12 +244,11 @@ def test_inputs_hide_the_target_from_a_teacherless_model():
     task = PathStar(2, 5, 50)
     prefix, target, _ = task.sample(6, random_stream(0))
     fed = inputs(task, prefix, target, True)
-    assert fed.shape == (6, task.seq_len - 1) and torch.equal(fed, inputs(task, prefix, target.flip(0), True))
+    assert torch.equal(fed, inputs(task, prefix, target.flip(0), True))
     assert (fed[:, task.prefix_len:] == task.dollar).all() and torch.equal(fed[:, :task.prefix_len], prefix)
     assert torch.equal(inputs(task, prefix, target, False), torch.cat([prefix, target], 1)[:, :-1])
 
 # model.py, and both models -------------------------------------------------------------------------------
-
 def published_gpt(model, idx):
     """GPT-2 in fp64 with an explicit softmax, and the short convolution of q, k, v."""
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
@@ -312,10 +303,9 @@ def test_models_equal_the_published_formulas(name):
         with torch.no_grad():
             assert_close(model(idx), (published_mamba if kind is Mamba else published_gpt)(model, idx), 1e-5)
 
-@pytest.mark.parametrize("name, t", [("conv", 19), pytest.param("conv", 37, marks=slow), ("mamba", 19)])
+@pytest.mark.parametrize("name, t", [("mamba", 19), *(pytest.param("conv", t, marks=slow) for t in (19, 37))])
 def test_a_compiled_block_trains_as_an_uncompiled_one(name, t):
-    """What train.py runs by default, where convolution, attention, GELU and scan go ways of their own: the
-    output and the gradients of every parameter and the input. The compiler takes a block whole."""
+    """Where convolution, attention, GELU and scan go ways of their own; the compiler takes a block whole."""
     torch.manual_seed(0)
     (kind, config), results, counters = CONFIGS[name], [], torch._dynamo.utils.counters
     block, x = shaken(next(iter(kind(config).layers()))), torch.randn(2, t, 16, requires_grad=True)
@@ -331,19 +321,18 @@ def test_a_compiled_block_trains_as_an_uncompiled_one(name, t):
         assert_close(got, want, 1e-5)
 
 def test_models_have_the_names_and_the_initialisation_of_their_references():
-    """GPT-2, whose scaled c_proj the paper's code misses by its name; state-spaces/mamba, whose step sizes no
-    sweep over the whole model may overwrite."""
+    """GPT-2, with its scaled c_proj; state-spaces/mamba, whose step sizes no sweep may overwrite."""
     torch.manual_seed(0)
     weights = GPT(GPTConfig(54, block_size=40, n_layer=4, n_head=4, n_embd=64, short_conv=0)).state_dict()
     layer = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     modules = ["ln_f", *(f"h.{i}.{name}" for i in range(4) for name in layer)]
-    names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-    assert set(weights) == {"wte.weight", "wpe.weight"} | names
+    assert {*weights} - {f"{x}.{kind}" for x in modules for kind in ("weight", "bias")} == {
+        "wte.weight", "wpe.weight"}
     for name, p in weights.items():
         std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
         assert abs(p.std() / std - 1) < 0.06 if p.ndim == 2 else (p == name.endswith("weight")).all(), name
     model = Mamba(MambaConfig(vocab_size=54, n_layer=4, d_model=64, d_state=16))
-    shapes = {name.replace("backbone.layers.0", "0"): tuple(p.shape) for name, p in model.state_dict().items()}
+    shapes = {k.replace("backbone.layers.0", "0"): tuple(p.shape) for k, p in model.state_dict().items()}
     assert {name: shape for name, shape in shapes.items() if ".layers." not in name} == {
         "backbone.embedding.weight": (54, 64), "0.norm.weight": (64,), "0.mixer.in_proj.weight": (256, 64),
         "0.mixer.conv1d.weight": (128, 1, 4), "0.mixer.conv1d.bias": (128,), "0.mixer.A_log": (128, 16),
@@ -354,9 +343,8 @@ def test_models_have_the_names_and_the_initialisation_of_their_references():
         assert torch.equal(m.A_log, torch.arange(1, 17).float().log().expand(128, 16)) and (m.D == 1).all()
         assert 0.999e-3 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 0.1001
         assert abs(dt.log().mean() - math.log(1e-2)) < 0.5  # log-uniform
-        assert 0.9 * 4 ** -0.5 < m.dt_proj.weight.abs().max() <= 4 ** -0.5
-        bound = 128 ** -0.5 / 4 ** 0.5  # PyTorch's own, rescaled by 1/sqrt(n_layer)
-        assert 0.95 * bound < m.out_proj.weight.abs().max() <= 1.0001 * bound
+        assert 0.9 / 2 < m.dt_proj.weight.abs().max() <= 1 / 2  # 1/sqrt(dt_rank)
+        assert 0.95 < m.out_proj.weight.abs().max() * 128 ** 0.5 * 4 ** 0.5 <= 1.0001  # by 1/sqrt(n_layer)
     scaled = Mamba(MambaConfig(vocab_size=9, n_layer=1, d_model=8, d_state=2, a_scale=0.01))
     assert_close(scaled.layers()[0].mixer.A_log.exp(), torch.tensor([0.01, 0.02]).expand(16, 2), 1e-6)
 
@@ -394,21 +382,7 @@ def test_muon_in_batches_is_torchs(decay):
     for want, got in zip(*moved):
         assert (want - got).norm() < 0.01 * want.norm()  # both compute in bfloat16
 
-def test_a_compiler_that_fails_is_said_once_and_what_is_not_its_fault_is_raised(capsys):
-    """compiler_failed: the reason in one line, then nothing is compiled; memory that ran out is raised."""
-    torch.compiler.set_stance("default")
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(type(error)):
-            gpt.compiler_failed(error)
-    gpt.compiler_failed(OSError(errno.ENOSPC, "No space left on device\nand so on"))
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"torch.compile failed \(OSError: .*No space left.*\): running uncompiled.*\n", said)
-    with pytest.raises(KeyError):  # it is off already
-        gpt.compiler_failed(KeyError())
-
 # mamba.py ------------------------------------------------------------------------------------------------
-
 def scan_arguments(l, d, decay, dtype=torch.float64, scale=1):
     """Random arguments of the scan; `decay` is about the factor that the state shrinks by in a step."""
     g = torch.Generator().manual_seed(l)
@@ -469,23 +443,24 @@ def test_mamba_step_equals_forward():
             assert_close(logits, want[:, t], 1e-5)
 
 def test_scan_without_a_compiler_says_so_once_and_is_right(monkeypatch, capsys):
-    """mamba.run: whatever is called how often; but memory that runs out is no missing compiler."""
+    """run, compiler_failed: whatever is called how often; but memory that runs out is no missing compiler."""
     def kernel(*_):
-        raise errors[0]
-
-    errors = [torch.OutOfMemoryError("CUDA out of memory")]
-    monkeypatch.setattr(mamba, "compiled", lambda function, _: kernel if mamba_compiles() else function)
-    mamba_compiles = lambda: torch._dynamo.eval_frame._stance.stance == "default"
+        raise error
+    compiles = lambda: torch._dynamo.eval_frame._stance.stance == "default"
+    monkeypatch.setattr(mamba, "compiled", lambda function, _: kernel if compiles() else function)
     torch.compiler.set_stance("default")
-    with pytest.raises(torch.OutOfMemoryError):
-        selective_scan(*scan_arguments(40, 6, 0.5))
-    errors[0] = RuntimeError("g++ is not there")
-    for l in (40, 7):
-        assert_scan_equals_the_loop(1e-12, l, 6, 0.5)
-    assert re.fullmatch("torch.compile failed .*g.. is not there.*\n", capsys.readouterr().err)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)):
+            selective_scan(*scan_arguments(40, 6, 0.5))
+    error = OSError(28, "No space left on device\nand so on")
+    assert_scan_equals_the_loop(1e-12, 40, 6, 0.5)
+    said = r"torch.compile failed \(OSError: .*No space left on device.*\): running uncompiled.*\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+    with pytest.raises(KeyError):  # it is off already
+        gpt.compiler_failed(KeyError())
 
 # eval.py, on runs made by hand: their weights are random, or a Reader's answers are known ----------------
-
 CURE = "teacherless + look-ahead + deep"
 SETTINGS = train.settle(tiny(path_len=4, num_nodes=20, n_test=60, n_embd=16, max_steps=9))
 RECORD = dict(command="python train.py --seed 0", commit="abc1234+", torch="2.13", python="3.12",
@@ -496,8 +471,8 @@ def fake_run(folder, **given):
     settings = SETTINGS | given
     torch.manual_seed(settings["seed"])
     _, model = evaluation.build(settings)
-    lines = [dict(step=step, samples=8 * step, accuracy=step / 10, graphs="validation",
-                  token_accuracy=[step / 10 + i / 100 for i in range(settings["path_len"])]) for step in (3, 6, 9)]
+    lines = [dict(step=i, samples=8 * i, accuracy=i / 10, graphs="validation",
+                  token_accuracy=[i / 10 + j / 100 for j in range(settings["path_len"])]) for i in (3, 6, 9)]
     state = dict(step=9, seconds=90.0, log=lines, settings=settings, model=model.state_dict())
     folder.mkdir(parents=True)
     torch.save(state, folder / "ckpt.pt")
@@ -509,8 +484,8 @@ def run(tmp_path):
     return fake_run(tmp_path / "run")
 
 class Reader(nn.Module):
-    """A hand-made model that looks up edges in its prefix, with noise. `first`: how it finds the first arm node;
-    "cheat", as the first-listed child; "plan", back from the goal; "recite", so too, and all of that path."""
+    """A hand-made model that looks up edges in its prefix, with noise. `first`: how it finds the first node;
+    "cheat", as the first-listed child; "plan", back from the goal; "recite", so too, and all of the path."""
 
     def __init__(self, task, first, scale=0):
         super().__init__()
@@ -532,18 +507,8 @@ class Reader(nn.Module):
             node = look_up(children, parents, node)
         return 9.0 * F.one_hot(answer, self.task.vocab_size) + self.scale * self.noise(idx)
 
-def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():
-    for line, name, paper in (
-            ("", "standard", 0.49), ("--reverse", "reverse", 0.97), ("--teacherless --plain", "teacherless", 0),
-            ("--teacherless", CURE, None), ("--teacherless --ahead 0", "teacherless + deep", None),
-            ("--teacherless --no-deep", "teacherless + look-ahead", None), ("--reverse --deep", "reverse + deep", None),
-            ("--ahead 0.5", "standard + look-ahead", None)):
-        assert evaluation.objective(train.settle(train.parse(line.split())[1])) == name
-        assert evaluation.paper_accuracy("mamba", "G(2,20), N = 50", name) == paper
-
 def test_evaluate_equals_a_slow_computation_in_plain_python():
-    """Loss, exact match, tokens, Clever Hans, graph by graph, on random tasks; what the model generates is right
-    in the same graphs; every batch that it sees has one shape."""
+    """Graph by graph; what the model generates is right in the same graphs; all batches have one shape."""
     n, found, choose = 12, [], random.Random(0)
     for i in range(60):
         deg, path_len = choose.randint(1, 5), choose.randint(2, 6)
@@ -560,7 +525,7 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
                 logits = model(torch.tensor([fed]))[0].tolist()[-l:]
             return logits, [max(range(len(row)), key=row.__getitem__) for row in logits]
 
-        losses, right, hans = [], [], []
+        losses, right, hans, shapes = [], [], [], set()
         for prefix, target, arms in zip(*(x.tolist() for x in graphs)):
             logits, said = answer(prefix, target)
             losses += [math.log(sum(map(math.exp, row))) - row[y] for row, y in zip(logits, target)]
@@ -570,9 +535,9 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
                 hans.append([a == b for a, b in zip(answer(prefix, wrong)[1][2:], wrong[2:])])
         own = generate(model, task, graphs.prefix, teacherless)
         assert (own == graphs.target).all(1).tolist() == [*map(all, right)]
-        shapes, kind = set(), choose.choice([torch.uint8, torch.int16, torch.long])
         model.register_forward_pre_hook(lambda _, args: shapes.add(args[0].shape))
-        got = evaluation.evaluate(model, task, Graphs(*(x.to(kind) for x in graphs)), teacherless, size)
+        small = Graphs(*(x.to(torch.uint8) for x in graphs))  # as a drawn set is kept
+        got = evaluation.evaluate(model, task, small, teacherless, size)
         want = dict(n_graphs=n, loss=sum(losses) / len(losses), accuracy=sum(map(all, right)) / n,
                     token_accuracy=[sum(column) / n for column in zip(*right)])
         if hans:
@@ -586,8 +551,7 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
 
 @pytest.mark.parametrize("damage", ["cut", "anywhere", "directory", "attribute"])
 def test_a_damaged_checkpoint_never_gives_other_numbers(run, damage):
-    """load_model: cut off, a byte changed anywhere, in the zip archive's directory, or there the attribute
-    that makes an entry a folder, for which PyTorch's reader leaves the memory of the tensor as it was."""
+    """load_model: an attribute makes an entry a folder, and its tensor what was in memory before."""
     ckpt, choose, want = run / "ckpt.pt", random.Random(0), evaluation.load_model(run)[1]
     whole, least = ckpt.read_bytes(), zipfile.ZipFile(ckpt).start_dir if damage == "directory" else 0
     positions = [choose.randrange(least, len(whole)) for _ in range(25)] + [least, len(whole) - 1]
@@ -605,15 +569,14 @@ class Bomb:
         return os.mkdir, ("mark",)
 
 def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, run):
-    """load_run, load_model: no JSON or no object, edited by hand into another type or another run, a checkpoint
-    that is a program, of another run or with other weights; what may be changed is taken if it is of its type."""
+    """Also what was edited by hand into another type or run; what may be changed is taken in its type."""
     monkeypatch.chdir(tmp_path)
     whole, state = json.loads((run / "config.json").read_text()), checkpoint(run)
     for content in ("", "{", "[]", "[1]", "1", "\xff", '{"record": 3}'):
         (run / "config.json").write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match="config.json: "):
             evaluation.load_run(run)
-    for name, value in dict(max_steps="99", stop_at=None, compile="no", test_file=3, deg="2", n_layer=3).items():
+    for name, value in dict(max_steps="99", stop_at=None, compile="no", test_file=3, deg="2", seed=3).items():
         (run / "config.json").write_text(json.dumps(whole | {name: value}))
         with pytest.raises(UserError, match=f"config.json: {name} is "):
             evaluation.load_run(run)
@@ -636,9 +599,9 @@ def test_a_row_tells_the_run_and_its_record(tmp_path, call, reverse):
     row, (_, state, task, model) = json.loads(call("eval.py", run, "--json")[0]), evaluation.load_model(run)
     result = evaluation.evaluate(model, task, held_out(task, 60)[1], False)
     assert row == RECORD | result | dict(
-        run=str(run), task="G(2,4), N = 20", model="gpt", objective="reverse" if reverse else "standard", seed=0,
-        steps=9, samples=72, minutes=1.5, solved=False, note=None, table=False, paper=None, chance=0.5,
-        n_graphs=60, first_node=result["token_accuracy"][-2 if reverse else 1])
+        run=str(run), task="G(2,4), N = 20", model="gpt", objective="reverse" if reverse else "standard",
+        seed=0, steps=9, samples=72, minutes=1.5, solved=False, note=None, table=False, paper=None,
+        chance=0.5, n_graphs=60, first_node=result["token_accuracy"][-2 if reverse else 1])
     settings = {k: v for k, v in state["settings"].items() if k not in evaluation.AS_IT_WAS}
     torch.save(state | dict(settings=settings), run / "ckpt.pt")
     (run / "config.json").write_text(json.dumps(dict(cooldown=4)))
@@ -662,13 +625,13 @@ def test_show_and_layers_see_the_test_graphs_that_are_asked_for(tmp_path, call):
         assert len(tokens) == 2 and tokens[1] == " ".join(map(evaluation.percent, want))
 
 def rows_file(folder, *rows):
-    row = dict(task="G(2,5), N = 50", model="gpt", objective="standard", accuracy=0.5, seed=0, command="train",
-               device="cpu", minutes=3.0, table=True)
+    row = dict(task="G(2,5), N = 50", model="gpt", objective="standard", accuracy=0.5, seed=0, device="cpu",
+               command="train", minutes=3.0, table=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row | given) + "\n" for given in rows))
     return folder / "rows.jsonl"
 
 def test_kept_rows_give_the_readmes_table(tmp_path, call):
-    """Those with table = true, seeds together, the paper's figure beside its own objective, nothing rounded up."""
+    """Those with table = true, seeds together, the paper's beside its own objective, nothing rounded up."""
     file = rows_file(tmp_path, {}, dict(accuracy=0.506, minutes=9.0), dict(accuracy=0.9, table=False),
                      dict(model="mamba", accuracy=0.29, device="cuda", minutes=0.44),
                      dict(objective=CURE, accuracy=0.99999), dict(objective=CURE, accuracy=1, minutes=4.0),
@@ -684,7 +647,7 @@ def test_kept_rows_give_the_readmes_table(tmp_path, call):
     assert len(table) > 2 and not set(table) - set((root / "README.md").read_text().splitlines())
 
 def test_rows_that_were_kept_stand_for_the_runs(tmp_path, call, run):
-    """What needs a run's folder is refused; a bad file is named, and does not keep the others from the table."""
+    """What needs a run's folder is refused; a bad file is named, and the others are in the table."""
     rows, bad = tmp_path / "rows.jsonl", tmp_path / "bad.jsonl"
     rows.write_text(call("eval.py", run, "--json")[0] + "\n")
     assert call("eval.py", rows, "--json") == call("eval.py", run, "--json")
@@ -696,8 +659,8 @@ def test_rows_that_were_kept_stand_for_the_runs(tmp_path, call, run):
         assert "bad.jsonl" in error and out.splitlines() == 2 * call("eval.py", run)
 
 def test_figures_show_every_cell_and_node(tmp_path, monkeypatch, capfd):
-    """--bars: the paper's beside its own objective only, nothing rounded up, what is not drawn is said. --plot:
-    of one run its nodes from start to goal, also of a reversed path; of several each with its chance."""
+    """--bars: the paper's beside its own objective only, nothing rounded up, what is not drawn is said.
+    --plot: of one run its nodes from start to goal, also of a reversed path; each graph has its chance."""
     figure, axes = pytest.importorskip("matplotlib.figure").Figure, []
     monkeypatch.setattr(figure, "savefig", lambda figure, *_, **__: axes.append(figure.axes))
     rows = rows_file(tmp_path, dict(accuracy=0.5), dict(accuracy=0.52), dict(objective=CURE, accuracy=0.9996),
@@ -708,19 +671,19 @@ def test_figures_show_every_cell_and_node(tmp_path, monkeypatch, capfd):
     assert [x.get_text() for x in ax.texts] == ["51", "50", "99.9", "100", "100"]
     assert "other" in capfd.readouterr().err
     runs = [str(fake_run(tmp_path / str(deg), deg=deg, reverse=deg == 3)) for deg in (2, 3)]
-    for argv in ([runs[1]], runs):
-        evaluation.main([*argv, "--plot", "x.png"])
-    one, both = ({line.get_label(): line.get_ydata()[0] for line in x.lines} for (x,) in axes)
-    assert [*one] == ["start", "node 1", "node 2", "goal", "whole path", "chance, 1/3"]
-    assert one["start"] == pytest.approx(33) and one["goal"] == pytest.approx(30)
-    assert [*both] == [*runs, "chance, 1/2", "chance, 1/3"]
+    evaluation.main([runs[1], "--plot", "x.png"])
+    evaluation.main([*runs, "--plot", "x.png"])
+    one, both = ([line.get_label() for line in x.lines] for (x,) in axes)
+    assert one == ["start", "node 1", "node 2", "goal", "whole path", "chance, 1/3"]
+    assert both == [*runs, "chance, 1/2", "chance, 1/3"]
+    assert axes[0][0].lines[0].get_ydata()[0] == pytest.approx(33)
 
+# train.py ------------------------------------------------------------------------------------------------
 @BOTH_MODELS
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("ahead, teacherless", [(0, False), (0.5, True)])
 def test_loss_equals_a_plain_loop(model, deep, ahead, teacherless):
-    """The look-ahead: over pairs of positions, by the map of their distance; deep: the mean over the layers,
-    each output that of the model cut off there. And the gradients; the maps learn too."""
+    """Over pairs of positions, by the map of their distance; deep: over models cut off at each layer."""
     run = new_run(model=model, deep=deep, ahead=ahead, teacherless=teacherless)
     shaken(run.model)
     (prefix, target), s, layers = run.batches(0), run.settings, list(run.model.layers())
@@ -745,8 +708,7 @@ def test_loss_equals_a_plain_loop(model, deep, ahead, teacherless):
 
 @pytest.mark.parametrize("average, warmup", [(0, 0), (0.5, 1), (0.9, 5)])
 def test_the_average_and_the_rate_equal_a_plain_loop(average, warmup):
-    """b = min(average, 1 - 1/step), with 0 the weights to the bit; it is what is measured, and saved as "model".
-    The rates of both optimisers warm up and stay."""
+    """b = min(average, 1 - 1/step); the average is what is measured and saved as "model"."""
     run, want = new_run(average=average, warmup=warmup, muon_lr=0.02), None
     for step in range(1, 16):
         run.train_step()
@@ -792,17 +754,17 @@ def test_no_graph_that_is_held_out_is_trained_on(given):
 def test_graphs_of_a_training_file_that_are_held_out_are_left_out(tmp_path):
     """--train_file: the same promise, also for the edges in another order and for the other goal."""
     (tmp_path / "train").write_text("\n".join(OFFICIAL) + "\n")
-    (tmp_path / "test").write_text(OFFICIAL[0].replace("32,3|16,12", "16,12|32,3") + "\n"
-                                   + OFFICIAL[1].replace("/49,7=49,9,24,13,7", "/49,28=49,17,12,22,28") + "\n")
+    other_goal = OFFICIAL[1].replace("/49,7=49,9,24,13,7", "/49,28=49,17,12,22,28")
+    (tmp_path / "test").write_text(OFFICIAL[0].replace("32,3|16,12", "16,12|32,3") + f"\n{other_goal}\n")
     given = dict(train_file=tmp_path / "train", test_file=tmp_path / "test", path_len=5, num_nodes=50)
     run = new_run(batch_size=4, **given)
     graphs, test = edge_sets(run.batches(0)), edge_sets(run.test)
     assert len(graphs) == 4 and len(test) == 2 and not graphs & test
-    with pytest.raises(UserError, match="batch_size 5: 4 training graphs"):
+    with pytest.raises(UserError, match="batch_size 5.* 4 "):
         new_run(batch_size=5, **given)
 
 @BOTH_MODELS
-@BOTH_MODES
+@pytest.mark.parametrize("teacherless", [False, True])
 def test_overfits_one_batch(model, teacherless):
     """The loss, the gradients and both optimisers: the answers to eight graphs are learnt by heart."""
     run = new_run(model=model, teacherless=teacherless, n_train=8)
@@ -818,7 +780,6 @@ def interrupt(monkeypatch, folder, step, act=lambda run: signal.raise_signal(sig
         original(run)
         if run.step == step:
             act(run)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(train.Run, "train_step", train_step)
         trained(folder, **given)
@@ -826,7 +787,7 @@ def interrupt(monkeypatch, folder, step, act=lambda run: signal.raise_signal(sig
 
 @pytest.mark.parametrize("given", [
     dict(model="gpt", optimizer="adamw", max_steps=20),
-    dict(model="mamba", teacherless=True, n_train=0, ahead=1.0, deep=True)], ids=["gpt-adamw", "mamba-muon-fresh"])
+    dict(model="mamba", teacherless=True, n_train=0, ahead=1.0, deep=True)], ids=["gpt", "mamba"])
 def test_resume_is_exact(tmp_path, monkeypatch, given):
     """Stopped in mid-interval and resumed, a run ends with the same bits: weights, optimisers, log."""
     whole, folder, spoilt = trained(tmp_path / "whole", **given), tmp_path / "again", tmp_path / "spoilt"
@@ -839,8 +800,9 @@ def test_resume_is_exact(tmp_path, monkeypatch, given):
     assert same(checkpoint(folder), whole) and same(log(folder), log(tmp_path / "whole"))
     # the control: the same weights with optimisers that forgot must not come out the same
     state = checkpoint(spoilt)
-    for value in (x for o in state["optimizers"] for moments in o["state"].values() for x in moments.values()):
-        value.zero_()
+    for moments in (x for optimizer in state["optimizers"] for x in optimizer["state"].values()):
+        for value in moments.values():
+            value.zero_()
     torch.save(state, spoilt / "ckpt.pt")
     train.main(["--resume", f"--out_dir={spoilt}"])
     assert not same(checkpoint(spoilt)["model"], whole["model"])
@@ -864,9 +826,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capfd,
     """One line with the step, exit code 1, the checkpoint before it kept, whatever made the run save."""
     def act(run):
         next(run.model.parameters()).data.fill_(math.nan)
-        if number:
-            signal.raise_signal(number)
-
+        number and signal.raise_signal(number)
     assert interrupt(monkeypatch, tmp_path / "run", step, act) == 1
     error, state = capfd.readouterr().err, checkpoint(tmp_path / "run")
     assert f"step {step}" in error and error.count("\n") == 1
@@ -883,7 +843,6 @@ def test_a_compiler_that_fails_late_costs_no_step(tmp_path, monkeypatch, capfd, 
         if len(calls) == 2:
             raise RuntimeError("the cache is full")
         return result
-
     monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)  # nothing is, for speed
     monkeypatch.setattr(place, name, fails)
     capfd.readouterr()
@@ -892,28 +851,40 @@ def test_a_compiler_that_fails_late_costs_no_step(tmp_path, monkeypatch, capfd, 
     assert same(got, want) and calls[0] == "default" and calls[-1] == "force_eager"
 
 def test_settings_are_the_presets_unless_a_flag_is_given():
-    """The presets' rules, the cure and --plain; what has no effect is refused; and a run's folder is named
-    after all that changes its result, but not after how long and where it runs."""
+    """The presets' rules; what has no effect is refused; and a run's folder is named after all that changes
+    its result, but not after how long and where it runs."""
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
-    plain, cure = dict(ahead=0, deep=False), dict(ahead=1, deep=True)
     for line, want in (
-            ("", plain | dict(n_layer=8, n_embd=64, batch_size=64, optimizer="adamw")), ("--reverse", plain),
-            ("--path_len 7", dict(n_layer=10, optimizer="adamw")), ("--path_len 20", dict(optimizer="muon")),
-            ("--model mamba", plain | dict(optimizer="muon", n_layer=8)), ("--teacherless", cure),
-            ("--teacherless --plain", plain), ("--preset paper --n_layer 2", dict(n_layer=2, n_embd=384)),
-            ("--preset paper --teacherless", plain | dict(n_layer=12, n_embd=384, average=0))):
+            ("", dict(n_layer=8, n_embd=64, batch_size=64, optimizer="adamw")),
+            ("--path_len 7", dict(n_layer=10)), ("--path_len 20", dict(optimizer="muon")),
+            ("--model mamba", dict(optimizer="muon", n_layer=8)),
+            ("--preset paper --teacherless", dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0)),
+            ("--preset paper --n_layer 2", dict(n_layer=2, n_embd=384))):
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain", "--plain --ahead 1",
-                 "--plain --teacherless --deep", "--plain --teacherless --ahead 1", "--n_train 5 --train_file x",
-                 "--n_test 5 --test_file x"):
+                 "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
+                 "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
         with pytest.raises(UserError, match=line.split()[0]):
             settle(line)
     name = lambda line: train.default_folder(flags(line), settle(line))
-    lines = ["", "--model mamba", "--reverse", "--teacherless", "--teacherless --plain", "--teacherless --ahead 0",
-             "--deg 3", "--path_len 4", "--num_nodes 60", "--seed 1", "--lr 0.1", "--average 0", "--n_train 0"]
+    lines = ["", "--model mamba", "--reverse", "--teacherless", "--teacherless --plain", "--deg 3",
+             "--teacherless --ahead 0", "--path_len 4", "--num_nodes 60", "--lr 0.1", "--seed 1"]
     assert len(set(map(name, lines))) == len(lines) and name("").parent == Path("out")
     assert name("") == name("--max_steps 5 --device cpu --stop_at 0.5 --no-compile --eval_every 9")
+
+def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():
+    """Those of train.py's flags: --teacherless alone is the cure, with --plain it is the paper's."""
+    for line, ahead, deep, name, paper in (
+            ("", 0, False, "standard", 0.49), ("--reverse", 0, False, "reverse", 0.97),
+            ("--teacherless --plain", 0, False, "teacherless", 0), ("--teacherless", 1, True, CURE, None),
+            ("--teacherless --ahead 0", 0, True, "teacherless + deep", None),
+            ("--teacherless --no-deep", 1, False, "teacherless + look-ahead", None),
+            ("--reverse --deep", 0, True, "reverse + deep", None),
+            ("--ahead 1", 1, False, "standard + look-ahead", None)):
+        settings = train.settle(train.parse(line.split())[1])
+        assert (settings["ahead"], settings["deep"], evaluation.objective(settings)) == (ahead, deep, name)
+        assert evaluation.paper_accuracy("mamba", "G(2,20), N = 50", name) == paper
 
 @pytest.mark.parametrize("left", [[], ["config.json", "ckpt.pt.tmp"]])
 def test_an_empty_folder_is_filled_in_place(tmp_path, left):
@@ -923,50 +894,45 @@ def test_an_empty_folder_is_filled_in_place(tmp_path, left):
     os.chmod(folder, 0o2770)
     for name in left:
         (folder / name).write_text("half")
-    before = folder.stat()
-    trained(folder, max_steps=1)
-    assert folder.is_symlink() and {path.name for path in folder.iterdir()} == {"config.json", "ckpt.pt", "log.jsonl"}
+    before, _ = folder.stat(), trained(folder, max_steps=1)
+    assert folder.is_symlink() and {path.name for path in folder.iterdir()} == FILES
     assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
 
 def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
     """What was made for the run goes, what was there stays; a folder with something else is refused."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes").mkdir()
+    for name in ("empty", "notes"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes" / "text").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for flags in (dict(num_nodes=4), dict(n_head=5), dict(test_file="notes/text"), dict(device="abacus")):
         for out in (dict(out_dir="notes"), dict(out_dir="empty"), dict(out_dir="a/new/one"), {}):
             error = call("train.py", *command(**flags | out), refused=True)[1]
-            assert ("holds files already" in error) == ("notes" in out.values())
+            assert ("holds" in error) == ("notes" in out.values())
             assert sorted(tmp_path.rglob("*")) == before, (flags, out)
     assert (tmp_path / "notes" / "text").read_text() == "mine"
 
-@pytest.mark.parametrize("step", [0, 6])
-def test_a_disk_that_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch, call, step):
-    """No space at the start leaves nothing behind, later the last checkpoint and no half-written file."""
+def test_a_disk_that_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch, call):
+    """What stays is the last checkpoint, and no half-written file."""
     def fill(run):
-        if run is None or original(run) or run.step == step:  # up to a size far below a checkpoint's
+        original(run)
+        if run.step == 6:  # files may grow to a size far below a checkpoint's
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-
     folder, original, resource = tmp_path / "run", train.Run.train_step, pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(train.Run, "train_step", fill)
     try:
-        if step == 0:
-            fill(None)
         assert str(folder) in call("train.py", *command(out_dir=folder), refused=True)[1]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["run", *("config.json", "ckpt.pt", "log.jsonl")] if step else [])
-    assert step == 0 or evaluation.load_model(folder)[1]["step"] == 4
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert evaluation.load_model(folder)[1]["step"] == 4
 
 @pytest.mark.parametrize("flag", ["train_file", "test_file"])
 def test_a_file_of_graphs_is_known_by_its_content(tmp_path, monkeypatch, call, flag):
     """Moved: the flag names it anew, from any folder; changed between stop and resume: one line."""
     monkeypatch.chdir(tmp_path)
-    file, run = tmp_path / "graphs.txt", tmp_path / "run"
-    resume = ["--resume", f"--out_dir={run}"]
+    file, run, resume = tmp_path / "graphs.txt", tmp_path / "run", ["--resume", f"--out_dir={tmp_path}/run"]
     data.save(file, TASK, TASK.sample(64, random_stream(1)))
     whole = trained(tmp_path / "whole", **{flag: "graphs.txt"})
     interrupt(monkeypatch, run, 6, **{flag: "graphs.txt"})
@@ -981,8 +947,7 @@ def test_a_file_of_graphs_is_known_by_its_content(tmp_path, monkeypatch, call, f
     assert json.loads(call("eval.py", run, "--json")[0])["accuracy"] == log(run)[-1]["accuracy"]
 
 def test_a_run_can_be_resumed_again_and_from_a_thread(tmp_path, call):
-    """As in a notebook: the folder is free, the signal handlers are those from before; with more steps, or fewer
-    than it has, it ends as if it had always had them. Flags beside --resume are checked against the run."""
+    """As in a notebook: folder and signal handlers are free; flags are checked against the run."""
     handlers = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     before, folder, given = handlers(), tmp_path / "run", dict(model="mamba", d_state=8)
     trained(folder, max_steps=4, **given)
@@ -994,28 +959,24 @@ def test_a_run_can_be_resumed_again_and_from_a_thread(tmp_path, call):
         resume(f"--max_steps={steps}", "--d_state=8", "--n_layer=2", "--model=mamba", "--no-deep")
         assert checkpoint(folder)["step"] == max(8, steps) == log(folder)[-1]["step"] and handlers() == before
     assert same(checkpoint(folder), trained(tmp_path / "whole", max_steps=12, **given))
-    for flag, words in (("--d_state=32", "d_state 32.* 8"), ("--seed=7", "seed 7.* 0"), ("--deep", "deep.*False"),
-                        ("--model=gpt", "model gpt.*mamba"), ("--lr=0.5", "lr 0.5.*0.01")):
+    for flag, words in (("--d_state=32", "d_state 32.* 8"), ("--seed=7", "seed 7.* 0"),
+                        ("--deep", "deep.*False"), ("--model=gpt", "model gpt.*mamba")):
         assert re.search(words, call("train.py", "--resume", f"--out_dir={folder}", flag, refused=True)[1])
 
 # The command lines ---------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("line, words", [
-    ("data.py --num_nodes 8", "num_nodes 8.*9"), ("data.py --deg 0", "deg.*0"),
-    ("data.py --write run", "run.*(exists|already)"), ("model.py --layers 3", "layers"), ("mamba.py 3", "3"),
+    ("data.py --num_nodes 8", "num_nodes 8.*9"), ("data.py --write run", "run.*(exists|already)"),
+    ("model.py --layers 3", "layers"), ("mamba.py 3", "3"), ("train.py --teacherles", "teacherles"),
     ("train.py --model rnn", "rnn.*gpt.*mamba"), ("train.py --num_nodes 8", "num_nodes 8.*9"),
     ("train.py --n_head 3", "n_head 3.*64"), ("train.py --batch_size 65 --n_train 64", "65.*64"),
-    ("train.py --lr nan", "lr.*nan"), ("train.py --plain", "--plain"),
-    ("train.py --test_file missing", "missing"), ("train.py --test_file run", "run"),
-    ("train.py --device abacus", "abacus.*cpu"), ("train.py --teacherles", "teacherles"),
-    ("train.py --n_train 0 --out_dir run", "run.*--resume"),
+    ("train.py --lr nan", "lr.*nan"), ("train.py --plain", "--plain"), ("train.py --test_file run", "run"),
+    ("train.py --n_train 0 --out_dir run", "run.*--resume"), ("train.py --resume", "out/"),
     ("train.py --n_train 0 --out_dir run/config.json/deeper", "run/config.json/deeper"),
-    ("train.py --resume --out_dir nowhere", "nowhere"), ("train.py --resume", "out/"),
-    ("train.py --resume --out_dir damaged", "damaged/ckpt.pt"),
-    ("eval.py", "RUN"), ("eval.py nowhere", "nowhere"), ("eval.py damaged", "damaged/ckpt.pt"),
-    ("eval.py run --show 0", "show.*0"), ("eval.py run --n_test 61", "--n_test 61.*60"),
-    ("eval.py run --device abacus", "abacus.*cpu"), ("eval.py run --test_file missing", "--test_file .*missing"),
-    ("eval.py run --plot no/x.png", "plot"), ("eval.py run --test_file run/config.json", "config.json, line 1")])
+    ("train.py --resume --out_dir nowhere", "nowhere"), ("eval.py run --n_test 61", "--n_test 61.*60"),
+    ("train.py --resume --out_dir damaged", "damaged/ckpt.pt"), ("eval.py damaged", "damaged/ckpt.pt"),
+    ("eval.py", "RUN"), ("eval.py nowhere", "nowhere"), ("eval.py run --plot no/x.png", "plot"),
+    ("eval.py run --device abacus", "abacus.*cpu"), ("eval.py run --test_file missing", "test_file.*missing"),
+    ("eval.py run --test_file run/config.json", "config.json, line 1")])
 def test_a_mistake_ends_in_one_line(tmp_path, monkeypatch, call, run, line, words):
     """Exit code 2, one line on stderr that names what is wrong, not a file touched."""
     whole = (shutil.copytree(run, tmp_path / "damaged") / "ckpt.pt").read_bytes()
@@ -1028,11 +989,11 @@ def test_a_mistake_ends_in_one_line(tmp_path, monkeypatch, call, run, line, word
     assert files() == before
 
 # script -> what it calls next, and the flags with a value; of these those that take 0, or a name
-NEXT = {"train.py": (train.Run, "state_dict"), "data.py": (data, "draw"), "eval.py": (evaluation, "load_model")}
+NEXT = {"train.py": (train.Run, "state_dict"), "data.py": (data, "draw"), "eval.py": (evaluation, "measure")}
 VALUED = {"train.py": re.findall(r"^  --(\w+) [A-Z{]", train.parse([])[0].format_help(), re.M),
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
           "eval.py": ["show", "test_file", "n_test", "plot", "bars", "device"]}
-ZERO = {"ahead", "n_train", "short_conv", "lr", "muon_lr", "weight_decay", "warmup", "average", "stop_at", "seed"}
+ZERO = set("ahead n_train short_conv lr muon_lr weight_decay warmup average stop_at seed".split())
 NAME = {"out_dir", "write", "plot", "bars"}
 
 @pytest.mark.parametrize("script, flag", [(script, flag) for script in VALUED for flag in VALUED[script]])
@@ -1040,12 +1001,10 @@ def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, c
     """-1, 0, 1e99, a letter, nothing: as the lists above say, or one line, and nothing is written."""
     def taken(*_):
         raise ZeroDivisionError
-
     monkeypatch.chdir(tmp_path)
     given = dict(model="mamba") if flag in ("d_state", "a_scale") else {flag: "x"} if "file" in flag else {}
     own = {"train.py": command(**given), "data.py": ["--n=3"], "eval.py": [run]}[script]
-    files = lambda: {path for path in tmp_path.rglob("*") if path.is_file()}
-    before = files()
+    before = sorted(tmp_path.rglob("*"))
     for value in ("-1", "0", "1e99", "x", ""):
         if value and flag in NAME or value == "0" and flag in ZERO:
             with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -1053,10 +1012,9 @@ def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, c
                 call(script, *own, f"--{flag}={value}")
         else:
             assert f"--{flag}" in call(script, *own, f"--{flag}={value}", refused=True)[1], value
-    assert files() == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 # The whole program ---------------------------------------------------------------------------------------
-
 def test_the_scripts_run_one_after_the_other(tmp_path, monkeypatch, call):
     """data.py shows and writes graphs, train.py trains and is tested on them, eval.py measures the same."""
     monkeypatch.chdir(tmp_path)
@@ -1070,7 +1028,7 @@ def test_the_scripts_run_one_after_the_other(tmp_path, monkeypatch, call):
     assert json.loads(row).items() >= (record | dict(accuracy=line["accuracy"], n_graphs=40)).items()
     assert layers[-1].endswith("tokens % " + " ".join(map(evaluation.percent, line["token_accuracy"])))
     assert record.keys() >= RECORD.keys() and record["command"].startswith("python train.py --preset=paper ")
-    assert (record["torch"], record["threads"]) == (str(torch.__version__), 1)
+    assert record["torch"] == torch.__version__
 
 def start(folder, script, *argv, **streams):
     """A script in a process of its own, in `folder`."""
@@ -1079,11 +1037,9 @@ def start(folder, script, *argv, **streams):
                             env=os.environ | dict(OMP_NUM_THREADS="1"), **streams)
 
 @pytest.mark.parametrize("number, streams", [
-    (signal.SIGINT, "read"), (signal.SIGHUP, "gone"), pytest.param(signal.SIGTERM, "closed", marks=slow),
-    pytest.param(signal.SIGUSR1, "read", marks=slow)])
+    (signal.SIGINT, "read"), (signal.SIGHUP, "gone"), pytest.param(signal.SIGUSR1, "closed", marks=slow)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, monkeypatch, call, number, streams):
-    """On a running train.py, whether anybody reads what it prints or not: exit code, a checkpoint, a command
-    that goes on from it; and while it runs nobody else may write into its folder."""
+    """Whether anybody reads it or not; and while it runs nobody else may write into its folder."""
     closed = dict(preexec_fn=lambda: (os.close(1), os.close(2))) if streams == "closed" else {}
     folder, argv = tmp_path / "a run", ["--resume", "--out_dir", "a run"]
     process = start(tmp_path, "train.py", *command(max_steps=10**6, out_dir="a run"), **closed)
@@ -1111,9 +1067,8 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, monkeypatch, call, numb
                                             pytest.param("train.py", "pipe", marks=slow)])
 def test_output_that_nobody_takes_changes_nothing(tmp_path, script, stream):
     """`| head`, a full disk under the log: a run goes on to its end, and its exit code is 0."""
-    read, write = os.pipe()
+    read, write = os.pipe() if stream == "pipe" else (os.open(stream, 0), os.open(stream, os.O_WRONLY))
     os.close(read)
-    write = write if stream == "pipe" else os.open(stream, os.O_WRONLY)
     process = start(tmp_path, script, *(command(out_dir="run") if script == "train.py" else []), stdout=write)
     os.close(write)
     assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
@@ -1128,8 +1083,7 @@ def test_the_claim_on_a_small_graph(tmp_path):
     trained(tmp_path / "cure", stop_at=0.993, teacherless=True, **given | dict(ahead=1.0, deep=True))
     standard, cure = (log(tmp_path / name)[-1] for name in ("standard", "cure"))
     assert abs(standard["accuracy"] - 0.5) < 0.06 and standard["clever_hans"] > 0.9
-    assert [x > 0.99 for x in standard["token_accuracy"]] == [True, False, True, True]
-    assert cure["accuracy"] > 0.9
+    assert [x > 0.99 for x in standard["token_accuracy"]] == [1, 0, 1, 1] and cure["accuracy"] > 0.9
 
 @slow
 @BOTH_MODELS

@@ -300,8 +300,8 @@ def hold(folder, resume):
         finally:
             if not resume and not (folder / "ckpt.pt").exists():
                 (folder / "config.json").unlink(missing_ok=True)
-                for path in made:
-                    path.rmdir()
+                with contextlib.suppress(OSError):  # another run may have come into out/
+                    [path.rmdir() for path in made]
 
 def save(run, folder, *last_line):
     """Write a run; `last_line` of its log is of the test set, which no checkpoint knows."""

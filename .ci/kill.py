@@ -69,9 +69,9 @@ def main():
         duration = time.time() - begin
         kills = 0
         while kills < args.kills:
-            resume = ["--resume"] if killed.exists() else []
+            resume = ["--resume"] if (killed / "ckpt.pt").exists() else []
             process = start(*TRAIN, "--out_dir", str(killed), *resume)
-            while process.poll() is None and not killed.exists():
+            while process.poll() is None and not (killed / "ckpt.pt").exists():
                 time.sleep(0.01)
             # start-up takes most of a short run, so the moment is drawn from the first line of output on
             process.stdout.readline()
