@@ -246,7 +246,7 @@ def noted(stack):
 
 def tell(text, live=False):
     """Print a line, on a terminal over the live one; a reader that has gone or a full disk ends no run."""
-    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    clear = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
     try:
         print(clear + text, end="" if live and clear else "\n", flush=True)
     except OSError:
@@ -256,7 +256,7 @@ def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # of what was printed: a script turns those of its files into its own words

@@ -208,7 +208,7 @@ def cell(rows, *key):
 
 def summary(rows):
     """Rows -> the README's table, lines of Markdown: the mean over the seeds, their range, median minutes."""
-    yield "| graph | objective | GPT, % | paper | seeds | minutes | Mamba, % | paper | seeds | minutes |"
+    yield "|graph|objective|GPT, %|paper|seeds|minutes|Mamba, %|paper|seeds|minutes|"
     yield "|---" * 10 + "|"
     for task, name in dict.fromkeys((row["task"], row["objective"]) for row in rows):
         line = [task, name]
@@ -219,7 +219,7 @@ def summary(rows):
             mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
             line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
                      f"{statistics.median(minutes):.1f} {devices}" if seeds else "-"]
-        yield f"| {' | '.join(line)} |"
+        yield f"|{'|'.join(line)}|"
 
 def show(task, model, graphs, teacherless, k):
     """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""

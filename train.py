@@ -222,7 +222,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         with self.autocast():
             result = evaluate(self.average, self.task, graphs, self.settings["teacherless"])
         return dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.recent_loss,
-                    seconds=round(self.seconds, 1), test_loss=result.pop("loss"), graphs=name, **result)
+                    seconds=round(self.seconds, 1), unseen_loss=result.pop("loss"), graphs=name, **result)
 
     def check(self):
         """Look at the loss; raise FloatingPointError if it, or a weight, is not finite any more."""
@@ -239,16 +239,16 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
 
     def state_dict(self):
         model, weights, maps = (module.state_dict() for module in (self.average, self.model, self.maps))
-        return dict(model=model, weights=weights, maps=maps, settings=self.settings, log=self.log,
-                    step=self.step, seconds=self.seconds, loss_sum=self.loss_sum.item(),
+        return dict({name: getattr(self, name) for name in ("settings", "step", "seconds", "log", "recent_loss")},
+                    model=model, weights=weights, maps=maps, loss_sum=self.loss_sum.item(),
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state_dict(self, state):
-        parts = [self.average, self.model, self.maps, *self.optimizers]
         saved = [state["model"], state["weights"], state["maps"], *state["optimizers"]]
-        for part, values in zip(parts, saved, strict=True):
+        for part, values in zip([self.average, self.model, self.maps, *self.optimizers], saved, strict=True):
             part.load_state_dict(values)
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        for name in ("step", "seconds", "log", "recent_loss"):
+            setattr(self, name, state[name])
         self.count.fill_(self.step)
         self.loss_sum.fill_(state["loss_sum"])
 
@@ -313,7 +313,7 @@ def save(run, folder, *last_line):
     with whole_file(folder / "log.jsonl") as file:
         file.write("".join(json.dumps(line) + "\n" for line in [*run.log, *last_line]).encode())
 
-def compiled(function, *args):
+def or_uncompiled(function, *args):
     """Call a function, and where it is the compiler that fails once more without one."""
     try:
         return function(*args)
@@ -332,7 +332,7 @@ def train(run, folder, signals):
         if due or look or signals:
             run.check()
         if due:
-            run.log.append(compiled(run.evaluate, run.validation, "validation"))
+            run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
             run.loss_sum.zero_()
         if due or signals:
             save(run, folder)
@@ -347,7 +347,7 @@ def train(run, folder, signals):
             tell(text, live=True)
         if signals or run.finished():
             return
-        compiled(run.train_step)
+        or_uncompiled(run.train_step)
 
 def main(argv=None):
     parser, given = parse(argv)
@@ -378,7 +378,7 @@ def main(argv=None):
             if signals:
                 tell(f"saved at step {run.step:,}; to go on: python train.py --resume --out_dir {name}")
                 sys.exit(128 + signals[0])
-            line = compiled(run.evaluate, run.test, "test")  # the test set is read once
+            line = or_uncompiled(run.evaluate, run.test, "test")  # the test set is read once
             save(run, folder, line)
             tell(f"{'solved' if line['accuracy'] >= 0.99 else 'not solved'}: {percent(line['accuracy'])} % "
                  f"exact match on {line['n_graphs']:,} unseen graphs after {run.step:,} steps, "
@@ -390,7 +390,7 @@ def main(argv=None):
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        if not settings or not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         sizes, usual = ("n_train", "n_test", "batch_size", "n_embd", "n_layer", "num_nodes"), settle({})
         name = max(sizes, key=lambda name: settings[name] / usual[name])
