@@ -239,9 +239,9 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
 
     def state_dict(self):
         model, weights, maps = (module.state_dict() for module in (self.average, self.model, self.maps))
-        return dict({name: getattr(self, name) for name in ("settings", "step", "seconds", "log", "recent_loss")},
-                    model=model, weights=weights, maps=maps, loss_sum=self.loss_sum.item(),
-                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        plain = ("settings", "step", "seconds", "log", "recent_loss")
+        return dict({name: getattr(self, name) for name in plain}, model=model, weights=weights, maps=maps,
+                    loss_sum=self.loss_sum.item(), optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state):
         saved = [state["model"], state["weights"], state["maps"], *state["optimizers"]]
