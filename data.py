@@ -240,7 +240,7 @@ def noted(stack):
         signal.signal(kind, signal.SIG_DFL)  # a second one ends the process at once
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         with contextlib.suppress(ValueError):  # Python lets no thread but the main one do this
-            if signal.getsignal(kind) != signal.SIG_IGN:
+            if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN:  # as under nohup
                 stack.callback(signal.signal, kind, signal.signal(kind, note))
     return signals
 

@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
 slow = pytest.mark.slow  # left out by -m "not slow"; there is no pytest.ini to declare it in
 
 torch.set_num_threads(1)  # sums in one order, so that equal means equal to the bit
-
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup runs the tests
 # The first graphs of the authors' own deg_2_path_5_nodes_50 file.
 OFFICIAL = """\
 32,3|16,12|3,19|32,34|34,6|6,16|19,47|47,28/32,12=32,34,6,16,12
