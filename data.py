@@ -96,11 +96,11 @@ class PathStar:
         target = torch.tensor(path[::-1] if self.reverse else path)
         if len(numbers) != 2 * E + 2 + self.path_len or self.decode(prefix, target) != text:
             raise ValueError(f"not u,v|...|u,v/start,goal=path with {E} edges and {self.path_len} nodes")
-        # follow each arm to its end (-1): together they have every node once, and the goal's is the path
+        # grow each arm by a node, path_len - 2 times (-1: it has ended before)
         following, arms = dict(edges), [[v] for u, v in edges if u == ends[0]]
         for arm in arms * (self.path_len - 2):
             arm.append(following.get(arm[-1], -1))
-        if len(arms) != self.deg or len({ends[0], -1}.union(*arms)) != 2 + E:
+        if len(arms) != self.deg or len({ends[0], -1}.union(*arms)) != 2 + E:  # each node once, no -1
             raise ValueError(f"the edges do not form {self.graph} around node {ends[0]}")
         arms.sort(key=lambda arm: arm[-1] != ends[1])  # the others stay as they appear
         if path != [ends[0], *arms[0]] or path[-1] != ends[1]:
@@ -148,7 +148,7 @@ def inputs(task, prefix, target, teacherless):
 # -------------------------------------------------------------------------------------------------------
 # Sets of graphs and batches. Every draw has a key of its own and is made on the CPU: the graphs of step s
 # depend on the seed and s alone, so that a resumed run sees what it would have seen, on every device.
-TRAIN, TEST, FRESH, SHUFFLE, VALIDATION = range(5)  # the first integer of a key
+TRAIN, TEST, FRESH, SHUFFLE, VALIDATION, WRITE = range(6)  # the first integer of a key
 
 def random_stream(*key):
     """A torch.Generator on the CPU that depends on the integers of `key` alone."""
@@ -271,15 +271,15 @@ def median_ms(*functions, repeats=15):
 
 def main():
     parser = Parser(__doc__)
-    for name, default, most in (("deg", 2, 10**4), ("path_len", 5, 10**4), ("num_nodes", 50, 10**4),
-                                ("seed", 0, 2**32 - 1), ("n", 20_000, 10**7)):
-        parser.add_argument(f"--{name}", type=number(int, min(1, default), most), default=default,
-                            metavar="X", help=f"default {default}")
+    for name, default, least, most in (("deg", 2, 1, 10**4), ("path_len", 5, 2, 10**4),
+            ("num_nodes", 50, 2, 10**4), ("seed", 0, 0, 2**32 - 1), ("n", 20_000, 1, 10**7)):
+        parser.add_argument(f"--{name}", type=number(int, least, most), default=default, metavar="X",
+                            help=f"default {default}")
     parser.add_argument("--write", type=some_path, metavar="FILE", help="write n graphs to this new file")
     args = parser.parse_args()
     try:
         task = PathStar(args.deg, args.path_len, args.num_nodes)
-        graphs = draw(task, args.n if args.write else 1, set(), TRAIN, args.seed)
+        graphs = draw(task, args.n if args.write else 1, set(), WRITE, args.seed)
         if args.write:
             save(args.write, task, graphs)
             return print(f"{args.write}: {args.n:,} graphs, {task}")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import Graphs, Parser, PathStar, UserError, held_out, inputs, load, number, run_script, some_path
 from mamba import Mamba, MambaConfig
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, generate, precision
 
 # The paper's exact match from scratch, read off its charts (+-0.015): standard, teacherless, reverse.
 PAPER = {"gpt": {"G(2,5)": (0.50, 1.00, 1.00), "G(2,20)": (0.49, 0.00, 1.00), "G(5,5)": (0.19, 0.00, 1.00),
@@ -82,7 +82,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
     return result
 
 # -------------------------------------------------------------------------------------------------------
-# A run's folder read back: config.json (its settings and a record of how it was made), ckpt.pt, log.jsonl.
+# A run's folder read back: ckpt.pt, and config.json, the same settings for a person to read and to edit.
 # What may change when a run is resumed, with its types; what a setting was where a commit did not have it.
 FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
             out_dir=str | None, train_file=str | None, test_file=str | None)
@@ -115,19 +115,18 @@ def readable(file):
         raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
 
 def load_run(folder):
-    """A run's settings and checkpoint (dicts), the latter with the "record" of config.json."""
+    """A run's settings and checkpoint (dicts)."""
     config, ckpt = Path(folder, "config.json"), Path(folder, "ckpt.pt")
-    with readable(config):
-        said = json.loads(config.read_text())
-        record = dict(said.pop("record", {}))
     with readable(ckpt), zipfile.ZipFile(ckpt) as archive:
         # torch.load compares no checksums, and leaves the memory of what is marked as a folder as it was
         if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
             raise zipfile.BadZipFile("a checksum or an attribute is wrong")
-        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True) | dict(record=record)
+        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
         settings = AS_IT_WAS | checkpoint["settings"]
+    with readable(config):  # a start that was killed may have left none
+        said = {**(json.loads(config.read_text()) if config.exists() else {})}
     for name, value in said.items():
-        if not isinstance(value, FREE[name]) if name in FREE else value != settings.get(name, value):
+        if not (isinstance(value, FREE[name]) if name in FREE else value == settings.get(name, value)):
             raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
     return settings | {name: said[name] for name in FREE if name in said}, checkpoint
 
@@ -142,21 +141,20 @@ def load_model(folder, device="cpu"):
 def reopen(folder, given):
     """Settings and checkpoint of a run to go on with. Raises UserError if the flags given ask for another."""
     settings, checkpoint = load_run(folder)
-    for name in given.keys() - {"resume", *FREE}:
-        if given[name] != settings[name]:
+    for name in given.keys() - {"resume", "out_dir"}:  # a file may have moved, but not come or gone
+        if given[name] != settings[name] and (name not in FREE or settings[name] is None):
             raise UserError(f"--{name} {given[name]}: the run has {settings[name]}; leave the flag out")
     return settings | {name: given[name] for name in FREE if name in given}, checkpoint
 
 def provenance(argv, device):
-    """How a run is made -> dict, its record."""
-    ask = lambda shell: subprocess.run(shell, shell=True, cwd=Path(__file__).parent, capture_output=True,
-                                       text=True).stdout.strip() or None
-    processor = ask("sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo")
+    """How a run is made -> dict, its record; a "+" behind the commit says that files were changed since."""
+    ask = lambda shell: subprocess.getoutput(f"({shell}) 2>/dev/null") or None
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --exclude='*' --dirty=+"
+    processor = ask("sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo") or ask("uname -m")
     return dict(command=f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}",
-                commit=ask("git describe --always --exclude='*' --dirty=+"),  # "+": with changes
-                torch=str(torch.__version__), python=sys.version.split()[0], device=device.type,
-                device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), resumed_at=[])
+                commit=ask(git), torch=str(torch.__version__), python=sys.version.split()[0], resumed_at=[],
+                device=device.type, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"),
+                device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor)
 
 def load_file(s, flag, task):
     """The Graphs of the file that a setting names, None if it names none. The settings s (dict) keep its full
@@ -184,13 +182,13 @@ def test_graphs(settings, task, test_file=None, n_test=None):
 # -------------------------------------------------------------------------------------------------------
 # The table, the examples, the layers, the plots.
 
-def measure(folder, settings, checkpoint, task, model, graphs):
+def measure(folder, s, checkpoint, task, model, graphs):
     """Evaluate a run -> dict, its row (accuracies as fractions of 1)."""
-    result, name, s = evaluate(model, task, graphs, settings["teacherless"]), objective(settings), settings
+    result, name = evaluate(model, task, graphs, s["teacherless"]), objective(s)
     record = dict.fromkeys("command commit torch python device device_name threads date resumed_at".split())
     return dict(
         run=str(folder), task=str(task), model=s["model"], objective=name, seed=s["seed"], **result,
-        **record | checkpoint["record"], minutes=round(checkpoint["seconds"] / 60, 2),
+        **record | s.get("record", {}), minutes=round(checkpoint["seconds"] / 60, 2),
         steps=checkpoint["step"], samples=checkpoint["step"] * s["batch_size"], note=None, table=False,
         solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name),
         first_node=result["token_accuracy"][-2 if task.reverse else 1], chance=1 / task.deg)
@@ -324,13 +322,15 @@ def main(argv=None):
                     list(summary(found)), list(map(report, found))[0]  # raise where a row lacks something
                     rows += found
                 continue
-            s, checkpoint, task, model = load_model(run, pick_device(args.device or "auto"))
+            s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))
             if args.no_compile or not s["compile"]:
                 torch.compiler.set_stance("force_eager")
             graphs = test_graphs(s, task, args.test_file, args.n_test)
-            rows.append(measure(run, s, checkpoint, task, model, graphs))
-            text += ["", run, *read_layers(task, model, graphs, s["teacherless"])] if args.layers else []
-            text += ["", run, *show(task, model, graphs, s["teacherless"], args.show)] if args.show else []
+            what = task, model, graphs, s["teacherless"]
+            with precision(s["dtype"], device):
+                rows.append(measure(run, s, checkpoint, task, model, graphs))
+                text += ["", run, *read_layers(*what)] if args.layers else []
+                text += ["", run, *show(*what, args.show)] if args.show else []
             curves += [(run, s, checkpoint["log"])] if args.plot else []
         except (UserError, OSError) as error:
             errors.append(error)

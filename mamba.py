@@ -63,8 +63,8 @@ def selective_scan_ref(u, delta, A, B, C, D):
 CHUNK = dict(cpu=8, cuda=16)
 
 def exp(x):
-    """torch.exp of x <= 0, to 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time in
-    it, a faster one: e^x = 2^(i + f), with the integer i in a float's exponent and a polynomial for 2^f."""
+    """torch.exp of x <= 0, within 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time
+    in it, a faster one: e^x = 2^(i + f), with integer i in a float's exponent and a polynomial for 2^f."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.exp(x)
     x = x * math.log2(math.e)
@@ -169,7 +169,7 @@ def selective_scan(u, delta, A, B, C, D):
     Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says."""
     dtype, l, T = u.dtype, u.shape[1], CHUNK.get(u.device.type, CHUNK["cuda"])
     u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
-    # into c chunks, of one shape for all l; zeros fill the last one, where delta = 0 keeps the state
+    # into c chunks of one shape for all l; zeros fill the last one, and their y is cut off below
     fill = lambda v: F.pad(v, (0, 0, 0, -l % T))
     x, delta = (rearrange(fill(v), "b (c t) d -> c b t d 1", t=T).contiguous() for v in (delta * u, delta))
     B, C = (rearrange(fill(v), "b (c t) n -> c b t 1 n", t=T).contiguous() for v in (B, C))
@@ -298,7 +298,7 @@ def device_ms(function):
 def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = dict(cpu=[(64, 31, 128, 16), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
+    shapes = dict(cpu=[(64, 31, 128, 32), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
                   cuda=[(256, 31, 768, 16), (64, 247, 768, 16)])
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
     block_scan = torch.compile(selective_scan, dynamic=False)  # as in a compiled block

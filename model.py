@@ -16,7 +16,8 @@ from einops import rearrange
 
 from data import Parser, PathStar, UserError, inputs, median_ms, random_stream, run_script
 
-# These three functions have a way of their own on a CPU, where it takes 5 % or more off a training step.
+# On a CPU these have a way of their own, the first one uncompiled, the other two compiled: each takes 5 % or
+# more off a training step.
 
 def causal_conv(x, conv):
     """A causal depthwise nn.Conv1d along t: x (b, t, d) -> (b, t, d)."""
@@ -84,12 +85,12 @@ class LanguageModel(nn.Module):
 
     def features(self, idx, every=False, last=0):
         """Token ids (b, t) -> what the head reads, (b, t, d); `every`: of each layer, (n_layer, b, t, d);
-        `last`: at so many last positions, not at all t."""
+        `last`: at so many last positions; 0: at all t."""
         x, outputs = self.embed(idx), []
         for block in self.layers():
             x = block(x)
             if every:
-                outputs.append(x[:, -last:])
+                outputs.append(x[:, -last:])  # [-0:] is all
         return self.final_norm(torch.stack(outputs) if every else x[:, -last:])
 
     def head(self, x):
@@ -147,16 +148,21 @@ def generate(model, task, prefix, teacherless):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     return tokens[:, task.prefix_len:]
 
+def precision(dtype, device):
+    """The context in which a run trains and is evaluated: --dtype; TF32 on CUDA, no change on a CPU."""
+    torch.set_float32_matmul_precision("high")
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
 # -------------------------------------------------------------------------------------------------------
 # The optimisers. A rate may be a tensor, and nothing waits for the device: so a GPU can record a step.
 
 def parameter_groups(modules):
-    """Named, disjoint and complete: the matrices of the maps, which Muon takes and weight decay shrinks, and
-    the rest (embeddings, norms, biases, convolutions, and Mamba's A_log, which has two dimensions, and D)."""
+    """Named, disjoint and complete: the matrices of the linear layers, which Muon takes and weight decay
+    shrinks, and the rest (embeddings, norms, biases, convolutions, Mamba's D and A_log, a matrix too)."""
     groups = {"matrices": {}, "rest": {}}
-    maps = {id(m.weight) for m in modules.modules() if isinstance(m, nn.Linear)}
+    linear = {id(m.weight) for m in modules.modules() if isinstance(m, nn.Linear)}
     for name, p in modules.named_parameters():
-        groups["matrices" if id(p) in maps else "rest"][name] = p
+        groups["matrices" if id(p) in linear else "rest"][name] = p
     return groups
 
 class Muon(torch.optim.Muon):
@@ -219,6 +225,14 @@ def compiler_failed(error):
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(f"torch.compile failed ({type(error).__name__}: {reason}): running uncompiled, which is slower",
               file=sys.stderr, flush=True)
+
+def or_uncompiled(function, *args):
+    """Call a function, and where it is the compiler that fails once more without one."""
+    try:
+        return function(*args)
+    except Exception as error:
+        compiler_failed(error)
+        return function(*args)
 
 def time_step(model, task, batch_size):
     """Print a model's parameters and the time of a training step, eager and compiled (medians of 15)."""

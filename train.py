@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from pathlib import Path
@@ -26,7 +27,7 @@ from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities,
                   run_script, some_path, tell, whole_file, without)
 from eval import (FREE, build, evaluate, load_file, objective, percent, pick_device, provenance, readable,
                   reopen)
-from model import compiler_failed, configure_optimizers
+from model import configure_optimizers, or_uncompiled, precision
 
 def preset(s):
     """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
@@ -64,7 +65,7 @@ def loss(model, maps, task, prefix, target, s):
 
     # What the head reads at the answer's positions, (b, l, d). Deep: behind every layer, (n_layer, b, l, d),
     # or else the last layers learn the first look-ups, and then there is no layer left for the next one.
-    x = model.features(fed, s["deep"], task.target_len)
+    x = model.features(fed, every=s["deep"], last=task.target_len)
     target = target.expand(x.shape[:-1])
     answer = cross_entropy(x, target)
     if not s["ahead"]:
@@ -147,7 +148,7 @@ def settle(given):
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
     said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    extra = sorted(given.keys() - said | given.keys() & {"train_file", "test_file"})
+    extra = sorted(name for name in given if name not in said or name in ("train_file", "test_file"))
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in extra)
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")
@@ -155,10 +156,8 @@ def default_folder(given, s):
 class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
     def __init__(self, settings):
         self.settings = s = settings
-        self.device, dtype = pick_device(s["device"]), getattr(torch, s["dtype"])
-        self.autocast = lambda: torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.device = pick_device(s["device"])
         torch.compiler.set_stance("default" if s["compile"] else "force_eager")
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA; nothing changes on a CPU
 
         # the weights are drawn on the CPU, so that a seed means the same on every device
         torch.manual_seed(s["seed"])
@@ -193,7 +192,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         and shapes, and nothing that waits for the device, so that a GPU can record it."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        with self.autocast():
+        with precision(self.settings["dtype"], self.device):
             answer, added = loss(self.model, self.maps, self.task, prefix, target, self.settings)
         (answer + added).backward()
 
@@ -219,7 +218,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
 
     def evaluate(self, graphs, name):
         """Measure the average -> a line of the log (dict)."""
-        with self.autocast():
+        with precision(self.settings["dtype"], self.device):
             result = evaluate(self.average, self.task, graphs, self.settings["teacherless"])
         return dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.recent_loss,
                     seconds=round(self.seconds, 1), unseen_loss=result.pop("loss"), graphs=name, **result)
@@ -274,8 +273,8 @@ class Recorded:
             place.copy_(x)
         self.graph.replay()
 
-# A run's folder. Every file in it is replaced whole, and it is a run once it has a checkpoint: whenever a
-# run is killed, what lies there can be resumed and evaluated, or is free for another start.
+# A run's folder. Every file in it is replaced whole, the checkpoint first: whenever a run is killed, what
+# lies there can be resumed and evaluated, or is free for another start.
 @contextlib.contextmanager
 def hold(folder, resume):
     """Have a run's folder, alone where there are locks -> a list of the signals that have asked to stop. A
@@ -293,61 +292,62 @@ def hold(folder, resume):
             raise UserError(f"--out_dir {folder}: another process is writing this run") from None
         except OSError:
             pass  # a file system without locks
-        if not resume and {*os.listdir(folder)} - {"config.json", "config.json.tmp", "ckpt.pt.tmp"}:
+        if not resume and {*os.listdir(folder)} - {"ckpt.pt.tmp"}:
             raise UserError(f"--out_dir {folder}: holds files already; --resume goes on with a run")
         try:
             yield signals
         finally:
-            if not resume and not (folder / "ckpt.pt").exists():
-                (folder / "config.json").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # another run may have come into out/
-                    [path.rmdir() for path in made]
+            with contextlib.suppress(OSError):  # it holds a run now, or another one has come into out/
+                [path.rmdir() for path in made]
 
 def save(run, folder, *last_line):
     """Write a run; `last_line` of its log is of the test set, which no checkpoint knows."""
-    with whole_file(folder / "config.json") as file:
-        file.write(f"{json.dumps(run.settings, indent=1)}\n".encode())
-    with whole_file(folder / "ckpt.pt") as file:
-        torch.save(run.state_dict(), buffer := io.BytesIO())  # torch hides why a disk refuses
-        file.write(buffer.getbuffer())
-    with whole_file(folder / "log.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in [*run.log, *last_line]).encode())
+    torch.save(run.state_dict(), ckpt := io.BytesIO())  # not into the file: torch hides why a disk refuses
+    config, log = json.dumps(run.settings, indent=1), map(json.dumps, [*run.log, *last_line])
+    for name, content in (("ckpt.pt", ckpt.getvalue()), ("config.json", f"{config}\n".encode()),
+                          ("log.jsonl", "".join(f"{line}\n" for line in log).encode())):
+        with whole_file(folder / name) as file:
+            file.write(content)
 
-def or_uncompiled(function, *args):
-    """Call a function, and where it is the compiler that fails once more without one."""
+@contextlib.contextmanager
+def ticking(text):
+    """On a terminal show text() anew every second, also while a step compiles for a minute."""
+    def tick():
+        while sys.stdout and sys.stdout.isatty() and not over.wait(1):
+            tell(text(), live=True)
+    (over := threading.Event()), (thread := threading.Thread(target=tick)).start()
     try:
-        return function(*args)
-    except Exception as error:
-        compiler_failed(error)
-        return function(*args)
+        yield
+    finally:
+        over.set(), thread.join()
 
 def train(run, folder, signals):
     """Train until solved, to the last step or until a signal comes; save at each evaluation and then."""
-    s, begin, said = run.settings, time.perf_counter() - run.seconds, run.seconds
-    while True:
-        run.seconds = time.perf_counter() - begin
-        end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
-        due = end and run.step > (run.log[-1]["step"] if run.log else 0)
-        look = run.seconds > said + 5
-        if due or look or signals:
-            run.check()
-        if due:
-            run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
-            run.loss_sum.zero_()
-        if due or signals:
-            save(run, folder)
-        said = run.seconds if due or look else said
-        text = f"step {run.step:6,} | loss {run.recent_loss:.4f} | {run.seconds / 60:.1f} min"
-        if due:
-            line, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
-            tokens = " ".join(map(percent, line["token_accuracy"]))
-            tell(f"{text}, at most {left:.1f} left | {line['samples'] / run.seconds:,.0f} graphs/s | exact "
-                 f"{percent(line['accuracy'])} %, tokens {tokens}")
-        elif look:
-            tell(text, live=True)
-        if signals or run.finished():
-            return
-        or_uncompiled(run.train_step)
+    s, begin = run.settings, time.perf_counter() - run.seconds
+    clock = lambda: time.perf_counter() - begin
+    text = lambda: f"step {run.step:6,} | loss {run.recent_loss:.4f} | {clock() / 60:.2f} min"
+    with ticking(text):
+        while True:
+            run.seconds, stop = clock(), bool(signals)
+            end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
+            due = end and run.step > (run.log[-1]["step"] if run.log else 0)
+            if due or stop or run.step % 50 == 0:
+                run.check()
+            if due:
+                run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
+                run.loss_sum.zero_()
+            if due or stop:
+                save(run, folder)
+            if due:
+                line, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
+                tokens = " ".join(map(percent, line["token_accuracy"]))
+                tell(f"{text()}, at most {left:.1f} left | {line['samples'] / run.seconds:,.0f} graphs/s | "
+                     f"exact {percent(line['accuracy'])} %, tokens {tokens}")
+            elif run.step % 50 == 0:
+                tell(text(), live=True)
+            if stop or run.finished():
+                return
+            or_uncompiled(run.train_step)
 
 def main(argv=None):
     parser, given = parse(argv)
@@ -364,7 +364,7 @@ def main(argv=None):
             s, name = settings, shlex.quote(str(folder))
             tell(f"{s['model']}, {objective(s)}: making the model and the graphs ...")
             run = Run(s)
-            record = s.setdefault("record", provenance(argv, run.device))
+            record = s["record"] = s.get("record") or provenance(argv, run.device)
             if resume:
                 with readable(folder / "ckpt.pt"):
                     run.load_state_dict(state)
@@ -386,7 +386,7 @@ def main(argv=None):
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except OSError as error:
-        parser.error(f"--out_dir {folder}: {error.strerror}; nothing there was overwritten")
+        parser.error(f"--out_dir {folder}: {error.strerror}; the files there are whole")
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
     except (MemoryError, RuntimeError) as error:

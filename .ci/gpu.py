@@ -189,6 +189,7 @@ def step(preset, kind):
     say(f"{preset} {kind}, {len(losses['launched'])} steps, weights: recorded beside launched, equal to the "
         f"bit: {all(map(torch.equal, a, b))}, largest difference {max(map(far, b, a)):.1e}; launched twice: "
         f"{all(map(torch.equal, a, c))}, {max(map(far, c, a)):.1e}")
+    assert all(map(torch.equal, a, b)) or not all(map(torch.equal, a, c)), "a recorded step is another one"
     size = runs["launched"].settings["batch_size"]
     for name in ("launched", "recorded"):
         run = runs[name]
