@@ -36,11 +36,11 @@ def preset(s):
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
                     warmup=100, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
-    many, long = s["num_nodes"] > 64, s["path_len"] > 10
+    many, long, few = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1) < 10  # edges
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
-        deep=cure,
-        n_layer=s["path_len"] + 3,     # a look-up takes a layer, and a path path_len - 2 of them
+        deep=cure and not (mamba and few),  # on few edges a Mamba is quicker without, and with fewer layers
+        n_layer=s["path_len"] + (1 if mamba and few else 3),  # a path takes path_len - 2 look-ups in turn
         n_embd=128 if many else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
         d_state=64 if many else 32,    # a Mamba looks a node up by this many numbers
@@ -48,7 +48,7 @@ def preset(s):
         batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
         optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
         lr=1e-2 if mamba else 3e-3,    # at 5e-3 a GPT learnt no hop on G(10,5)
-        weight_decay=0.0,              # 200,000 graphs are seen a few times at most
+        weight_decay=0.0,              # a graph is hardly ever seen more than three times
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
         n_head=4, warmup=100, max_steps=10_000)  # the usual
 
