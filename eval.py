@@ -68,16 +68,16 @@ def predict(model, task, prefix, target, teacherless, batch_size=None):
 def evaluate(model, task, graphs, teacherless, batch_size=None):
     """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (of the whole path, greedy
     decoding), token_accuracy (a list); in standard training also, when it is fed a wrong arm (section 4.3),
-    follows: shares of graphs where it names its second node, ..., its last; clever_hans: all but the last."""
-    # one pass does, not l: a generated path is right exactly if each token behind the true ones is
+    follows: shares of graphs with its second, ..., last node named; clever_hans: with all but the last."""
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
-    right = (answer == graphs.target).double()  # (n, l)
+    right = (answer == graphs.target).double()  # (n, l); a generated path is right exactly if all of it are
     result = dict(n_graphs=len(right), loss=loss.mean().item(),
                   accuracy=right.amin(1).mean().item(), token_accuracy=right.mean(0).tolist())
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 3:
         wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)  # (n, l)
         answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
-        follows = (answer[:, 2:] == wrong[:, 2:]).double()               # (n, l - 2)
+        # (n, l - 2); in place of the last node a model may name the goal, which it has been given
+        follows = (answer[:, 2:] == wrong[:, 2:]).double()
         result |= dict(clever_hans=follows[:, :-1].amin(1).mean().item(), follows=follows.mean(0).tolist())
     return result
 

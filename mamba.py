@@ -72,7 +72,7 @@ def exp(x):
     f, power = x - i, 0  # |f| <= 1/2
     for c in (0.0013300265, 0.009669709, 0.0555056, 0.24022281, 0.69314718, 1):  # minimax; exact at 0
         power = power * f + c
-    return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # below 2^-126: 0
+    return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # below 2^-126: next to 0
 
 # In a chunk of T steps x, delta and y are (b, T, d, 1), B and C (b, T, 1, n), A is (d, n), and h, a and g
 # are (b, d, n): they broadcast. Time counts from 0: step t leads from h[t] to h[t + 1], with decay a[t].

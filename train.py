@@ -325,7 +325,7 @@ def train(run, folder, signals):
     """Train until solved, to the last step or until a signal comes; save at each evaluation and then."""
     s, begin = run.settings, time.perf_counter() - run.seconds
     clock = lambda: time.perf_counter() - begin
-    text = lambda: f"step {run.step:6,} | loss {run.recent_loss:.4f} | {clock() / 60:.2f} min"
+    text = lambda: f"step {run.step:6,} | loss {run.recent_loss or '-':.4} | {clock() / 60:.2f} min"
     with ticking(text):
         while True:
             run.seconds, stop = clock(), bool(signals)
