@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import timeit
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -229,7 +229,7 @@ def number(kind, least, most):
 def some_path(text):
     """An argparse type: a path."""
     if not text:
-        raise ValueError
+        raise ArgumentTypeError("an empty path")
     return text
 
 def noted(stack):
@@ -254,6 +254,7 @@ def tell(text, live=False):
 
 def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
+    sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that it lacks ends no run
     try:
         main()
         print(end="", flush=True)
@@ -282,11 +283,11 @@ def main():
         graphs = draw(task, args.n if args.write else 1, set(), WRITE, args.seed)
         if args.write:
             save(args.write, task, graphs)
-            return print(f"{args.write}: {args.n:,} graphs, {task}")
+            return tell(f"{args.write}: {args.n:,} graphs, {task}")
     except UserError as error:
         parser.error(f"--{error}")
-    except OSError as error:
-        parser.error(f"--write {args.write}: {error.strerror}")
+    except (OSError, MemoryError, RuntimeError) as error:  # the last two of the allocator
+        parser.error(f"--write {args.write}: {getattr(error, 'strerror', f'no memory for {args.n} graphs')}")
     prefix, target, arms = (x[0] for x in graphs)
     print(f"{task}; the first arm leads to the goal", *arms.tolist(), sep=f"\n    {prefix[-3]} -> ")
     print(f"official text   {task.decode(prefix, target)}\ntokens: | {task.bar}, = {task.equals}, "

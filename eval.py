@@ -30,8 +30,8 @@ PAPER = {"gpt": {"G(2,5)": (0.50, 1.00, 1.00), "G(2,20)": (0.49, 0.00, 1.00), "G
          "mamba": {"G(2,5)": (0.49, 0.00, 0.99), "G(2,20)": (0.49, 0.00, 0.97), "G(5,5)": (0.20, 0.00, 1.00),
                    "G(10,5)": (0.09, 0.00, 1.00), "G(20,5)": (0.00, 0.00, 0.00)}}
 TITLES = {"gpt": "GPT", "mamba": "Mamba"}
-COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-ahead + deep": "#0072b2",
-           "reverse": "#009e73"}  # of the objectives in the figure, in their order; the third is the cure
+COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-ahead": "#56b4e9",
+           "teacherless + look-ahead + deep": "#0072b2", "reverse": "#009e73"}  # in the figure, in this order
 
 def objective(settings):
     """The name of what a run is trained on: the paper's objective, and what is added to it."""
@@ -91,10 +91,11 @@ AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, average=0.0, a_scale=1.0, c
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
     there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
-    try:
-        return torch.empty(1, device=there[0] if name == "auto" else name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}") from None
+    with contextlib.suppress(RuntimeError, AssertionError):
+        device = torch.device(there[0] if name == "auto" else name)
+        if device.type in there:
+            return torch.empty(1, device=device).device
+    raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
 
 def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
@@ -111,8 +112,7 @@ def readable(file):
     try:
         yield
     except Exception as error:
-        reason = str(error).split("\n")[0][:100]
-        raise UserError(f"{file}: cannot be read, damaged or not of this program ({reason})") from None
+        raise UserError(f"{file}: cannot be read, damaged or not a run's ({str(error)[:99]!r})") from None
 
 def load_run(folder):
     """A run's settings and checkpoint (dicts)."""
@@ -333,7 +333,7 @@ def main(argv=None):
                 text += ["", run, *show(*what, args.show)] if args.show else []
             curves += [(run, s, checkpoint["log"])] if args.plot else []
         except (UserError, OSError) as error:
-            errors.append(error)
+            errors.append(error if str(error).startswith(run) else f"{run}: {error}")
     try:
         for draw, what, file in ((plot_curves, curves, args.plot), (plot_bars, rows, args.bars)):
             if what and file:

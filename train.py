@@ -184,7 +184,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         elif s["n_train"]:
             graphs = draw(self.task, s["n_train"], taken, TRAIN, s["seed"])
         if graphs and len(graphs.prefix) < s["batch_size"]:
-            raise UserError(f"--batch_size {s['batch_size']}: {len(graphs.prefix)} training graphs at most")
+            raise UserError(f"--batch_size {s['batch_size']}: {len(graphs.prefix)} graphs left to train on")
         self.batches = Batches(self.task, s["batch_size"], s["seed"], self.device, graphs, taken)
 
     def iterate(self, prefix, target):
@@ -331,12 +331,13 @@ def train(run, folder, signals):
             run.seconds, stop = clock(), bool(signals)
             end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
             due = end and run.step > (run.log[-1]["step"] if run.log else 0)
-            if due or stop or run.step % 50 == 0:
+            first = run.step == 1  # it compiles and takes the memory; only then there is a run to be kept
+            if due or stop or first or run.step % 50 == 0:
                 run.check()
             if due:
                 run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
                 run.loss_sum.zero_()
-            if due or stop:
+            if due or stop or first:
                 save(run, folder)
             if due:
                 line, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
@@ -352,8 +353,6 @@ def train(run, folder, signals):
 def main(argv=None):
     parser, given = parse(argv)
     settings, resume = {}, given.get("resume", False)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that cannot be printed ends no run
     try:
         if not resume or "out_dir" not in given:
             settings = settle(given)
@@ -369,7 +368,6 @@ def main(argv=None):
                 with readable(folder / "ckpt.pt"):
                     run.load_state_dict(state)
                 record["resumed_at"].append(run.step)
-            save(run, folder)
             tell(f"{run.task}, chance {percent(1 / s['deg'])} %; {record['device_name']}, {s['dtype']};\n"
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters in {s['n_layer']} layers of "
                  f"{s['n_embd']}; at most {s['max_steps']:,} steps of {s['batch_size']} graphs, into {name}"
@@ -386,14 +384,15 @@ def main(argv=None):
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except OSError as error:
-        parser.error(f"--out_dir {folder}: {error.strerror}; the files there are whole")
+        place = error.filename or folder
+        parser.error(f"--out_dir {folder}: {place}: {error.strerror}; the files there are whole")
     except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: stopped: {error}; {folder / 'ckpt.pt'} keeps the state before\n")
+        parser.exit(1, f"{parser.prog}: stopped: {error}; {folder} keeps what was saved before\n")
     except (MemoryError, RuntimeError) as error:
-        if not settings or not isinstance(error, MemoryError) and "allocate" not in str(error):
+        if not settings or not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        sizes, usual = ("n_train", "n_test", "batch_size", "n_embd", "n_layer", "num_nodes"), settle({})
-        name = max(sizes, key=lambda name: settings[name] / usual[name])
+        sizes, usual = "n_train n_test batch_size n_embd n_layer num_nodes deg path_len d_state", settle({})
+        name = max(sizes.split(), key=lambda name: (name in given, settings[name] / usual[name]))
         parser.error(f"--{name} {settings[name]}: takes more memory than there is; a smaller one works")
 
 if __name__ == "__main__":
