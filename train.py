@@ -33,8 +33,8 @@ def preset(s):
     """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
     if s["preset"] == "paper":  # GPT-Mini and its AdamW (sections 5 and B), for a GPU
         return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
-                    a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=0.01,
-                    warmup=100, average=0.0, max_steps=390_500)
+                    a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
+                    weight_decay=0.01, warmup=100, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
     many, long, few = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1) < 10  # edges
     return dict(
@@ -48,6 +48,7 @@ def preset(s):
         batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
         optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
         lr=1e-2 if mamba else 3e-3,    # at 5e-3 a GPT learnt no hop on G(10,5)
+        muon_lr=0.02 if few else 0.01,  # at 0.02 a Mamba was slower with losses behind every layer
         weight_decay=0.0,              # a graph is hardly ever seen more than three times
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
         n_head=4, warmup=100, max_steps=10_000)  # the usual
@@ -81,7 +82,7 @@ def loss(model, maps, task, prefix, target, s):
 
 DEFAULTS = dict(preset="quick", model="gpt", teacherless=False, reverse=False, plain=False, deg=2,
                 path_len=5, num_nodes=50, n_train=200_000, n_test=10_000, train_file=None, test_file=None,
-                muon_lr=0.01, eval_every=250, stop_at=0.995, seed=0, device="auto", dtype="float32",
+                eval_every=250, stop_at=0.995, seed=0, device="auto", dtype="float32",
                 compile=True, cuda_graph=True, out_dir=None, resume=False)
 
 def parse(argv=None):
