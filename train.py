@@ -316,11 +316,13 @@ def ticking(text):
     def tick():
         while sys.stdout and sys.stdout.isatty() and not over.wait(1):
             tell(text(), live=True)
-    (over := threading.Event()), (thread := threading.Thread(target=tick)).start()
+    over, thread = threading.Event(), threading.Thread(target=tick)
+    thread.start()
     try:
         yield
     finally:
-        over.set(), thread.join()
+        over.set()
+        thread.join()
 
 def train(run, folder, signals):
     """Train until solved, to the last step or until a signal comes; save at each evaluation and then."""
@@ -341,10 +343,9 @@ def train(run, folder, signals):
             if due or stop or first:
                 save(run, folder)
             if due:
-                line, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
-                tokens = " ".join(map(percent, line["token_accuracy"]))
-                tell(f"{text()}, at most {left:.1f} left | {line['samples'] / run.seconds:,.0f} graphs/s | "
-                     f"exact {percent(line['accuracy'])} %, tokens {tokens}")
+                x, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
+                tell(f"{text()}, at most {left:.1f} left | {x['samples'] / run.seconds:.0f} graphs/s | exact "
+                     f"{percent(x['accuracy'])} %, tokens {' '.join(map(percent, x['token_accuracy']))}")
             elif run.step % 50 == 0:
                 tell(text(), live=True)
             if stop or run.finished():
@@ -385,8 +386,7 @@ def main(argv=None):
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except OSError as error:
-        place = error.filename or folder
-        parser.error(f"--out_dir {folder}: {place}: {error.strerror}; the files there are whole")
+        parser.error(f"--out_dir {folder}: {error}; the files there are whole")
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder} keeps what was saved before\n")
     except (MemoryError, RuntimeError) as error:
