@@ -86,7 +86,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # What may change when a run is resumed, with its types; what a setting was where a commit did not have it.
 FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
             out_dir=str | None, train_file=str | None, test_file=str | None)
-AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, average=0.0, a_scale=1.0, cuda_graph=False)
+AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, decay=0.0, average=0.0, a_scale=1.0, cuda_graph=False)
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""

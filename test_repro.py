@@ -706,13 +706,14 @@ def test_loss_equals_a_plain_loop(model, deep, ahead, teacherless):
     run.iterate(prefix, target)
     assert len(before) == bool(ahead) and not any(map(torch.equal, before, run.maps.parameters()))
 
-@pytest.mark.parametrize("average, warmup", [(0, 0), (0.5, 1), (0.9, 5)])
-def test_the_average_and_the_rate_equal_a_plain_loop(average, warmup):
+@pytest.mark.parametrize("average, warmup, decay", [(0, 0, 0), (0.5, 1, 1), (0.9, 5, 0.5)])
+def test_the_average_and_the_rate_equal_a_plain_loop(average, warmup, decay):
     """b = min(average, 1 - 1/step); the average is what is measured and saved as "model"."""
-    run, want = new_run(average=average, warmup=warmup, muon_lr=0.02), None
+    run, want = new_run(average=average, warmup=warmup, decay=decay, muon_lr=0.02), None
     for step in range(1, 16):
         run.train_step()
-        b, rate = min(average, 1 - 1 / step), min(1, step / max(1, warmup))
+        b, t = min(average, 1 - 1 / step), step / max(1, warmup)
+        rate = min(t, t ** -decay)
         rates = [float(o.param_groups[0]["lr"]) for o in run.optimizers]
         assert rates == pytest.approx([0.02 * rate, 0.01 * rate])
         weights = [p.detach().double() for p in run.model.parameters()]
@@ -993,7 +994,7 @@ NEXT = {"train.py": (train.Run, "state_dict"), "data.py": (data, "draw"), "eval.
 VALUED = {"train.py": re.findall(r"^  --(\w+) [A-Z{]", train.parse([])[0].format_help(), re.M),
           "data.py": ["deg", "path_len", "num_nodes", "seed", "n", "write"],
           "eval.py": ["show", "test_file", "n_test", "plot", "bars", "device"]}
-ZERO = set("ahead n_train short_conv lr muon_lr weight_decay warmup average stop_at seed".split())
+ZERO = set("ahead n_train short_conv lr muon_lr weight_decay warmup decay average stop_at seed".split())
 NAME = {"out_dir", "write", "plot", "bars"}
 
 @pytest.mark.parametrize("script, flag", [(script, flag) for script in VALUED for flag in VALUED[script]])

@@ -34,24 +34,27 @@ def preset(s):
     if s["preset"] == "paper":  # GPT-Mini and its AdamW (sections 5 and B), for a GPU
         return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
-                    weight_decay=0.01, warmup=100, average=0.0, max_steps=390_500)
+                    weight_decay=0.01, warmup=100, decay=0.0, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
-    many, long, few = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1) < 10  # edges
+    many, long = s["num_nodes"] > 64, s["path_len"] > 10
+    few = mamba and s["deg"] * (s["path_len"] - 1) < 10  # edges
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
-        deep=cure and not (mamba and few),  # on few edges a Mamba is quicker without, and with fewer layers
-        n_layer=s["path_len"] + (1 if mamba and few else 3),  # a path takes path_len - 2 look-ups in turn
+        deep=cure and not few,         # on few edges a Mamba is quicker without, and with fewer layers
+        n_layer=s["path_len"] + (1 if few else 3),  # a path takes path_len - 2 look-ups in turn
         n_embd=128 if many else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
         d_state=64 if many else 32,    # a Mamba looks a node up by this many numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
         optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
-        lr=1e-2 if mamba else 3e-3,    # at 5e-3 a GPT learnt no hop on G(10,5)
-        muon_lr=0.02 if few else 0.01,  # at 0.02 a Mamba was slower with losses behind every layer
+        lr=2e-2 if few else 1e-2 if mamba else 3e-3,  # at 5e-3 a GPT learnt no hop on G(10,5)
+        muon_lr=0.02 if few else 0.01,  # with losses behind every layer a Mamba was slower at 0.02
+        warmup=250 if few else 100,
+        decay=0.5 if few else 0.0,     # at a constant rate the last per cent of a Mamba stays noisy
         weight_decay=0.0,              # a graph is hardly ever seen more than three times
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
-        n_head=4, warmup=100, max_steps=10_000)  # the usual
+        n_head=4, max_steps=10_000)    # the usual
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -120,7 +123,8 @@ def parse(argv=None):
     add("--lr", "learning rate of AdamW", **real(0, 10))
     add("--muon_lr", "learning rate of Muon", **real(0, 10))
     add("--weight_decay", "of the blocks' matrices", **real(0, 10))
-    add("--warmup", "steps of linear warm-up; then the rate is constant", **whole(0))
+    add("--warmup", "steps of linear warm-up of the rates, W", **whole(0))
+    add("--decay", "then, at step t, they fall as (W / t) to the power of X; 0: not at all", **real(0, 10))
     add("--average", "what stays of the average of the weights at a step; 0: no average", **real(0, 1))
     add("--eval_every", "steps between evaluations", **whole(1))
     add("--stop_at", "exact match, twice in a row, at which to stop; 0: never", **real(0, 1))
@@ -197,8 +201,9 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
             answer, added = loss(self.model, self.maps, self.task, prefix, target, self.settings)
         (answer + added).backward()
 
-        # a linear warm-up, then a constant rate
-        rate = ((self.count + 1) / max(1, self.settings["warmup"])).clamp(max=1)
+        # a linear warm-up, then a power of the step: 0, constant, or 1/2 (Vaswani et al. 2017, equation 3)
+        t = (self.count + 1) / max(1, self.settings["warmup"])
+        rate = torch.minimum(t, t ** -self.settings["decay"])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["base_lr"]
