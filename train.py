@@ -33,11 +33,11 @@ def preset(s):
     """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
     if s["preset"] == "paper":  # GPT-Mini and its AdamW (sections 5 and B), for a GPU
         return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
-                    a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
-                    weight_decay=0.01, warmup=100, decay=0.0, average=0.0, max_steps=390_500)
+                    a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
+                    decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
-    many, long = s["num_nodes"] > 64, s["path_len"] > 10
-    few = mamba and s["deg"] * (s["path_len"] - 1) < 10  # edges
+    many, long, edges = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
+    few = mamba and edges < 10
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
         deep=cure and not few,         # on few edges a Mamba is quicker without, and with fewer layers
@@ -50,11 +50,9 @@ def preset(s):
         optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
         lr=2e-2 if few else 1e-2 if mamba else 3e-3,  # at 5e-3 a GPT learnt no hop on G(10,5)
         muon_lr=0.02 if few else 0.01,  # with losses behind every layer a Mamba was slower at 0.02
-        warmup=250 if few else 100,
-        decay=0.5 if few else 0.0,     # at a constant rate the last per cent of a Mamba stays noisy
-        weight_decay=0.0,              # a graph is hardly ever seen more than three times
+        warmup=250 if few else 100, decay=0.5 if few else 0.0,  # at constant rates the last errors stayed
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
-        n_head=4, max_steps=10_000)    # the usual
+        weight_decay=0.0, n_head=4, max_steps=10_000)  # a graph is hardly ever seen more than three times
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -163,7 +161,6 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.settings = s = settings
         self.device = pick_device(s["device"])
         torch.compiler.set_stance("default" if s["compile"] else "force_eager")
-
         # the weights are drawn on the CPU, so that a seed means the same on every device
         torch.manual_seed(s["seed"])
         self.task, model = build(s)
@@ -176,10 +173,8 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.optimizers = configure_optimizers(torch.nn.ModuleList([self.model, self.maps]), s["optimizer"],
                                                s["lr"], s["muon_lr"], s["weight_decay"])
         self.step, self.seconds, self.log, self.recent_loss = 0, 0.0, [], 0.0
-        self.count = torch.zeros((), device=self.device)     # of steps, for the rate and the average
-        self.loss_sum = torch.zeros((), device=self.device)  # of the answer, since the last evaluation
-        recorded = self.device.type == "cuda" and s["cuda_graph"]
-        self.iterate_ = Recorded(self.iterate) if recorded else self.iterate
+        self.count, self.loss_sum = torch.zeros(2, device=self.device).unbind()  # of steps, of the answer
+        self.call = Recorded(self.iterate) if s["cuda_graph"] and self.device.type == "cuda" else self.iterate
         # the training graphs are neither those that decide when to stop nor those that tell what was learnt
         test, graphs = (load_file(s, flag, self.task) for flag in ("test_file", "train_file"))
         self.validation, self.test = held_out(self.task, s["n_test"], test)
@@ -219,7 +214,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.loss_sum += answer.detach()
 
     def train_step(self):
-        self.iterate_(*self.batches(self.step))
+        self.call(*self.batches(self.step))
         self.step += 1
 
     def evaluate(self, graphs, name):
