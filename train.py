@@ -83,7 +83,7 @@ def loss(model, maps, task, prefix, target, s):
 
 DEFAULTS = dict(preset="quick", model="gpt", teacherless=False, reverse=False, plain=False, deg=2,
                 path_len=5, num_nodes=50, n_train=200_000, n_test=10_000, train_file=None, test_file=None,
-                eval_every=250, stop_at=0.995, seed=0, device="auto", dtype="float32",
+                eval_every=250, stop_at=0.993, seed=0, device="auto", dtype="float32",
                 compile=True, cuda_graph=True, out_dir=None, resume=False)
 
 def parse(argv=None):
