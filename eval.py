@@ -292,7 +292,7 @@ def plot_bars(rows, file):
         ax.set(xticks=[*ticks.values()], xticklabels=[*ticks], xlim=(-1, x - 1), ylim=(0, 116),
                ylabel=f"{TITLES[model]}: exact match, %")
         legend |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=150)
 
 def main(argv=None):
