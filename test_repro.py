@@ -253,7 +253,7 @@ def published_gpt(model, idx):
     """GPT-2 in fp64 with an explicit softmax, and the short convolution of q, k, v."""
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
     linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
-    gelu = lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+    gelu = lambda x: 0.5 * x * (1 + torch.erf(x / 2 ** 0.5))
     w = {name: p.double() for name, p in model.state_dict().items()}
     t, k = idx.shape[1], model.config.short_conv
     x = w["wte.weight"][idx] + w["wpe.weight"][:t]
