@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import Graphs, Parser, PathStar, UserError, held_out, inputs, load, number, run_script, some_path
 from mamba import Mamba, MambaConfig
-from model import GPT, GPTConfig, generate, precision
+from model import GPT, GPTConfig, generate, out_of_memory, precision
 
 # The paper's exact match from scratch, read off its charts (+-0.015): standard, teacherless, reverse.
 PAPER = {"gpt": {"G(2,5)": (0.50, 1.00, 1.00), "G(2,20)": (0.49, 0.00, 1.00), "G(5,5)": (0.19, 0.00, 1.00),
@@ -160,15 +160,14 @@ def load_file(s, flag, task):
     """The Graphs of the file that a setting names, None if it names none. The settings s (dict) keep its full
     path and a checksum, so that a run knows the file wherever it is resumed."""
     if s[flag]:
-        path = Path(s[flag]).absolute()
+        path = s[flag] = str(Path(s[flag]).absolute())
         try:
             graphs = load(path, task)
         except UserError as error:
             raise UserError(f"--{flag} {error}") from None
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if s.setdefault(flag.replace("file", "sha"), content) != content:
             raise UserError(f"--{flag} {path}: is not the file that the run began with; name that one")
-        s[flag] = str(path)
         return graphs
 
 def test_graphs(settings, task, test_file=None, n_test=None):
@@ -275,18 +274,16 @@ def plot_bars(rows, file):
     for model, ax in zip(models, figure.subplots(len(models), squeeze=False)[:, 0]):
         x, ticks = 0, {}
         for task in dict.fromkeys(row["task"] for row in rows if row["model"] == model):
-            left = x
+            left, chance = x, 100 / int(task[2:task.index(",")])
             for name, colour in COLOURS.items():
                 ours = [row["accuracy"] for row in cell(rows, task, name, model)]
                 paper = [paper_accuracy(model, task, name)] if ours else []
-                for values, *style in ((ours, colour, name), (paper, "#c4c4c4", "the paper's")):
+                for values, hue, text in ((ours, colour, name), (paper, "#c4c4c4", "the paper's")):
                     if values and None not in values:
-                        mean, least, most = (100 * f(values) for f in (statistics.fmean, min, max))
-                        ends = [[mean - least], [most - mean]]
-                        bar = ax.bar(x, mean, 0.9, yerr=ends, color=style[0], label=style[1])
+                        mean, low, high = (100 * f(values) for f in (statistics.fmean, min, max))
+                        bar = ax.bar(x, mean, 0.9, yerr=[[mean - low], [high - mean]], color=hue, label=text)
                         ax.bar_label(bar, [percent(mean / 100).removesuffix(".0")], fontsize=8, padding=1)
                         x += 1
-            chance = 100 / int(task[2:task.index(",")])
             ax.hlines(chance, left - 0.6, x - 0.4, "black", ":", linewidth=1, label="chance, 1/d")
             ticks[task], x = (left + x - 1) / 2, x + 1
         ax.set(xticks=[*ticks.values()], xticklabels=[*ticks], xlim=(-1, x - 1), ylim=(0, 116),
@@ -317,7 +314,7 @@ def main(argv=None):
         try:
             if run in kept:
                 with readable(run):
-                    found = [json.loads(line) for line in Path(run).read_text().splitlines()]
+                    found = json.loads("[%s]" % ",\n".join(Path(run).read_text().splitlines()))
                     found = [row for row in found if row["table"]] or found
                     list(summary(found)), list(map(report, found))[0]  # raise where a row lacks something
                     rows += found
@@ -332,8 +329,11 @@ def main(argv=None):
                 text += ["", run, *read_layers(*what)] if args.layers else []
                 text += ["", run, *show(*what, args.show)] if args.show else []
             curves += [(run, s, checkpoint["log"])] if args.plot else []
-        except (UserError, OSError) as error:
-            errors.append(error if str(error).startswith(run) else f"{run}: {error}")
+        except Exception as error:
+            if not (memory := out_of_memory(error)) and not isinstance(error, (UserError, OSError)):
+                raise
+            error = "takes more memory than there is; a smaller --n_test works" if memory else str(error)
+            errors.append(error if error.startswith(run) else f"{run}: {error}")
     try:
         for draw, what, file in ((plot_curves, curves, args.plot), (plot_bars, rows, args.bars)):
             if what and file:

@@ -29,7 +29,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from data import Parser, PathStar, median_ms, run_script
-from model import LanguageModel, causal_conv, compiler_failed, time_step
+from model import LanguageModel, causal_conv, or_uncompiled, time_step
 
 def selective_scan_ref(u, delta, A, B, C, D):
     """The definition, as a plain loop over time, which everything else is tested against.
@@ -135,11 +135,8 @@ def compiled(function, device):
 
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""
-    try:  # detached: it would be compiled anew wherever requires_grad differs
-        return compiled(function, tensors[0].device.type)(*map(Tensor.detach, tensors))
-    except Exception as error:  # what the compiler raises differs by back end
-        compiler_failed(error)  # says so and turns compiling off, or raises what is not the compiler's fault
-        return function(*tensors)
+    # detached: it would be compiled anew wherever requires_grad differs
+    return or_uncompiled(compiled(function, tensors[0].device.type), *map(Tensor.detach, tensors))
 
 # Both directions are operators, as the model around them is compiled too: its compiler calls an operator as
 # it is, where it would unroll the loop of a function; the "fakes" tell it the shapes of the outputs. (A

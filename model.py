@@ -103,7 +103,8 @@ class GPTConfig:
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
 
 class GPT(LanguageModel):
-    """GPT-2, but for the exact GELU, for up to block_size tokens. Raises UserError if n_head does not divide n_embd."""
+    """GPT-2 with an exact GELU, for up to block_size tokens. Raises UserError if n_head does not divide
+    n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 
@@ -204,12 +205,14 @@ def configure_optimizers(modules, optimizer, lr, muon_lr, weight_decay):
         group["base_lr"] = group["lr"]
     return optimizers
 
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
 def compiler_failed(error):
     """Turn torch.compile off in this process, and say why in one line on stderr. Raises `error` itself if
     that is no help: it was off already, or memory or the device failed."""
     off = torch._dynamo.eval_frame._stance.stance == "force_eager"  # there is no public way to ask
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-    if off or memory or isinstance(error, torch.AcceleratorError):
+    if off or out_of_memory(error) or isinstance(error, torch.AcceleratorError):
         raise error
     torch.compiler.set_stance("force_eager")
     # the compiler wraps what happened; of what a C++ compiler says take the line that tells what is wrong

@@ -1,6 +1,7 @@
 """The tests, in the order of the files: pytest -q -m "not slow" test_repro.py. No GPU, no downloads."""
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -253,7 +254,6 @@ def published_gpt(model, idx):
     """GPT-2 in fp64 with an explicit softmax, and the short convolution of q, k, v."""
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
     linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
-    gelu = lambda x: 0.5 * x * (1 + torch.erf(x / 2 ** 0.5))
     w = {name: p.double() for name, p in model.state_dict().items()}
     t, k = idx.shape[1], model.config.short_conv
     x = w["wte.weight"][idx] + w["wpe.weight"][:t]
@@ -266,7 +266,7 @@ def published_gpt(model, idx):
         scores = (q @ key.mT / q.shape[-1] ** 0.5).exp() * torch.ones(t, t).tril()
         y = scores / scores.sum(-1, keepdim=True) @ v
         x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
-        x = x + linear(gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 def published_mamba(model, idx):
@@ -444,10 +444,11 @@ def test_mamba_step_equals_forward():
 
 def test_scan_without_a_compiler_says_so_once_and_is_right(monkeypatch, capsys):
     """run, compiler_failed: whatever is called how often; but memory that runs out is no missing compiler."""
-    def kernel(*_):
-        raise error
-    compiles = lambda: torch._dynamo.eval_frame._stance.stance == "default"
-    monkeypatch.setattr(mamba, "compiled", lambda function, _: kernel if compiles() else function)
+    def kernel(function, *tensors):
+        if torch._dynamo.eval_frame._stance.stance == "default":
+            raise error
+        return function(*tensors)
+    monkeypatch.setattr(mamba, "compiled", lambda function, _: functools.partial(kernel, function))
     torch.compiler.set_stance("default")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
@@ -486,7 +487,6 @@ def run(tmp_path):
 class Reader(nn.Module):
     """A hand-made model that looks up edges in its prefix, with noise. `first`: how it finds the first node;
     "cheat", as the first-listed child; "plan", back from the goal; "recite", so too, and all of the path."""
-
     def __init__(self, task, first, scale=0):
         super().__init__()
         self.task, self.first, self.scale = task, first, scale
@@ -518,13 +518,11 @@ def test_evaluate_equals_a_slow_computation_in_plain_python():
         torch.manual_seed(i)
         graphs, l = task.sample(n, random_stream(i)), task.target_len
         model = Reader(task, choose.choice(["cheat", "plan", "recite"]), choose.choice([1, 2, 3]))
-
         def answer(prefix, target):
             fed = prefix + (task.path_len - 1) * [task.dollar] if teacherless else prefix + target[:-1]
             with torch.no_grad():
                 logits = model(torch.tensor([fed]))[0].tolist()[-l:]
             return logits, [max(range(len(row)), key=row.__getitem__) for row in logits]
-
         losses, right, hans, shapes = [], [], [], set()
         for prefix, target, arms in zip(*(x.tolist() for x in graphs)):
             logits, said = answer(prefix, target)
@@ -646,17 +644,20 @@ def test_kept_rows_give_the_readmes_table(tmp_path, call):
     table = call("eval.py", root / "assets" / "runs.jsonl")
     assert table[2:] == [line for line in (root / "README.md").read_text().splitlines() if line[:3] == "|G("]
 
-def test_rows_that_were_kept_stand_for_the_runs(tmp_path, call, run):
+def test_rows_that_were_kept_stand_for_the_runs(tmp_path, monkeypatch, call, run):
     """What needs a run's folder is refused; a bad file is named, and the others are in the table."""
     rows, bad = tmp_path / "rows.jsonl", tmp_path / "bad.jsonl"
     rows.write_text(call("eval.py", run, "--json")[0] + "\n")
     assert call("eval.py", rows, "--json") == call("eval.py", run, "--json")
     for flag in ("--n_test=5", "--show=1", "--layers", "--plot=x.png", "--device=cpu", "--no-compile"):
         assert "need a run's folder" in call("eval.py", rows, flag, refused=True)[1]
-    for content in ("", "{", "[1]", "{}", rows.read_text().replace('"table"', '"label"')):
+    no_table = rows.read_text().replace('"table"', '"label"')
+    for content, word in (("", ""), ("[1]", ""), ("{}", ""), (no_table, "table"), ("{}\n{", "line 2")):
         bad.write_text(content)
         out, error = call("eval.py", run, bad, rows, refused=True)
-        assert "bad.jsonl" in error and out.splitlines() == 2 * call("eval.py", run)
+        assert "bad.jsonl" in error and word in error and out.splitlines() == 2 * call("eval.py", run)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: bytearray(2**62))
+    assert "smaller --n_test" in call("eval.py", run, refused=True)[1]
 
 def test_figures_show_every_cell_and_node(tmp_path, monkeypatch, capfd):
     """--bars: the paper's beside its own objective only, nothing rounded up, what is not drawn is said.
@@ -733,7 +734,6 @@ def test_a_run_stops_after_two_good_evaluations_in_a_row(tmp_path, monkeypatch, 
         seen.append(edge_sets(graphs))
         accuracy = [*accuracies, 0.123][len(seen) - 1 if len(graphs.prefix) != 32 else -1]
         return dict(n_graphs=len(graphs.prefix), loss=1.0, accuracy=accuracy, token_accuracy=[accuracy] * 3)
-
     seen, sets = [], [edge_sets(graphs) for graphs in held_out(TASK, 32)]
     monkeypatch.setattr(train, "evaluate", evaluate)
     state = trained(tmp_path / "run", eval_every=1, max_steps=6, stop_at=stop_at)
@@ -836,7 +836,6 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capfd,
 def test_a_compiler_that_fails_late_costs_no_step(tmp_path, monkeypatch, capfd, place, name):
     """With gradients there already, or in an evaluation: one line, and on it goes to the same end."""
     want, calls, original = trained(tmp_path / "want"), [], getattr(place, name)
-
     def fails(*arguments):
         calls.append(torch._dynamo.eval_frame._stance.stance)
         result = original(*arguments)
@@ -857,6 +856,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     settle = lambda line: train.settle(flags(line))
     for line, want in (
             ("", dict(n_layer=8, n_embd=64, batch_size=64)), ("--path_len 20", dict(n_layer=23, n_embd=64)),
+            ("--plain --teacherless", dict(optimizer="muon", ahead=0, deep=False)),
             ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, ahead=1, deep=False)),
             ("--model mamba --teacherless --deg 3", dict(n_layer=8, ahead=1, deep=True)),
             ("--preset paper --teacherless", dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0)),

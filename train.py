@@ -27,7 +27,7 @@ from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities,
                   run_script, some_path, tell, whole_file, without)
 from eval import (FREE, build, evaluate, load_file, objective, percent, pick_device, provenance, readable,
                   reopen)
-from model import configure_optimizers, or_uncompiled, precision
+from model import configure_optimizers, or_uncompiled, out_of_memory, precision
 
 def preset(s):
     """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
@@ -47,7 +47,7 @@ def preset(s):
         d_state=64 if many else 32,    # a Mamba looks a node up by this many numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
-        optimizer="muon" if mamba or long else "adamw",  # AdamW is slow on a Mamba and on many layers
+        optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
         lr=2e-2 if few else 1e-2 if mamba else 3e-3,  # at 5e-3 a GPT learnt no hop on G(10,5)
         muon_lr=0.02 if few else 0.01,  # with losses behind every layer a Mamba was slower at 0.02
         warmup=250 if few else 100, decay=0.5 if few else 0.0,  # at constant rates the last errors stayed
@@ -390,7 +390,7 @@ def main(argv=None):
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder} keeps what was saved before\n")
     except (MemoryError, RuntimeError) as error:
-        if not settings or not isinstance(error, MemoryError) and "alloc" not in str(error):
+        if not settings or not out_of_memory(error):
             raise
         sizes, usual = "n_train n_test batch_size n_embd n_layer num_nodes deg path_len d_state", settle({})
         name = max(sizes.split(), key=lambda name: (name in given, settings[name] / usual[name]))
