@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Graphs, Parser, PathStar, UserError, held_out, inputs, load, number, run_script, some_path
-from mamba import Mamba, MambaConfig
+from mamba import Mamba, MambaConfig, set_compile
 from model import GPT, GPTConfig, generate, out_of_memory, precision
 
 # The paper's exact match from scratch, read off its charts (+-0.015): standard, teacherless, reverse.
@@ -321,7 +321,7 @@ def main(argv=None):
                 continue
             s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))
             if args.no_compile or not s["compile"]:
-                torch.compiler.set_stance("force_eager")
+                set_compile(False)
             graphs = test_graphs(s, task, args.test_file, args.n_test)
             what = task, model, graphs, s["teacherless"]
             with precision(s["dtype"], device):

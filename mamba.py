@@ -19,6 +19,8 @@ much, where and from where depends on the token. That is the selective scan (alg
 Parameter names are those of the reference implementation (state-spaces/mamba), so weights move 1:1.
 """
 import math
+import os
+import sys
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -132,6 +134,17 @@ def compiled(function, device):
         options |= dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
                                   "realize_acc_reads_threshold"), no_limit)
     return torch.compile(function, dynamic=False, options=options)
+
+def set_compile(on):
+    """Turn torch.compile on or off in this process."""
+    # on import, also to stay off, the compiler makes the folder of its kernels; if it cannot it ends the run
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        folder and os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        print(f"TORCHINDUCTOR_CACHE_DIR {folder}: {error.strerror}; taking the default", file=sys.stderr)
+    torch.compiler.set_stance("default" if on else "force_eager")
 
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""

@@ -103,8 +103,7 @@ class GPTConfig:
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
 
 class GPT(LanguageModel):
-    """GPT-2 with an exact GELU, for up to block_size tokens. Raises UserError if n_head does not divide
-    n_embd."""
+    """GPT-2, with the exact GELU. Raises UserError if n_head does not divide n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 

@@ -29,8 +29,7 @@ import eval as evaluation
 import mamba
 import model as gpt
 import train
-from data import TRAIN, Batches, Graphs, PathStar, UserError, draw, held_out, identities, inputs
-from data import random_stream
+from data import TRAIN, Batches, Graphs, PathStar, UserError, draw, held_out, identities, inputs, random_stream
 from mamba import Mamba, MambaConfig, selective_scan, selective_scan_ref
 from model import GPT, GPTConfig, generate
 
@@ -843,10 +842,11 @@ def test_a_compiler_that_fails_late_costs_no_step(tmp_path, monkeypatch, capfd, 
             raise RuntimeError("the cache is full")
         return result
     monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)  # nothing is, for speed
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/no")  # nor is this one's fault
     monkeypatch.setattr(place, name, fails)
     capfd.readouterr()
     got, error = trained(tmp_path / "run", compile=True), capfd.readouterr().err
-    assert re.fullmatch(".*the cache is full.*uncompiled.*\n", error), error
+    assert re.fullmatch(".*/dev/null/no: .*default\n.*the cache is full.*uncompiled.*\n", error), error
     assert same(got, want) and calls[0] == "default" and calls[-1] == "force_eager"
 
 def test_settings_are_the_presets_unless_a_flag_is_given():

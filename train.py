@@ -27,6 +27,7 @@ from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities,
                   run_script, some_path, tell, whole_file, without)
 from eval import (FREE, build, evaluate, load_file, objective, percent, pick_device, provenance, readable,
                   reopen)
+from mamba import set_compile
 from model import configure_optimizers, or_uncompiled, out_of_memory, precision
 
 def preset(s):
@@ -137,8 +138,7 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | given
-    s |= preset(s) | given
+    s = DEFAULTS | preset(DEFAULTS | given) | given
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
     useless = dict(n_head=mamba, short_conv=mamba, d_state=not mamba, a_scale=not mamba, muon_lr=adamw,
                    n_train=s["train_file"], n_test=s["test_file"],
@@ -160,7 +160,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
     def __init__(self, settings):
         self.settings = s = settings
         self.device = pick_device(s["device"])
-        torch.compiler.set_stance("default" if s["compile"] else "force_eager")
+        set_compile(s["compile"])
         # the weights are drawn on the CPU, so that a seed means the same on every device
         torch.manual_seed(s["seed"])
         self.task, model = build(s)
