@@ -29,7 +29,8 @@ import eval as evaluation
 import mamba
 import model as gpt
 import train
-from data import TRAIN, Batches, Graphs, PathStar, UserError, draw, held_out, identities, inputs, random_stream
+from data import TRAIN, Batches, Graphs, PathStar, UserError, draw, held_out, identities, inputs
+from data import random_stream
 from mamba import Mamba, MambaConfig, selective_scan, selective_scan_ref
 from model import GPT, GPTConfig, generate
 
@@ -562,8 +563,7 @@ def test_a_damaged_checkpoint_never_gives_other_numbers(run, damage):
             assert same(got, want) and got["settings"] == want["settings"] and got["seconds"] == 90
 
 class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("mark",)
+    __reduce__ = lambda self: (os.mkdir, ("mark",))
 
 def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, run):
     """Also what was edited by hand into another type or run; what may be changed is taken in its type."""
