@@ -38,20 +38,20 @@ def preset(s):
                     decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
     many, long, edges = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
-    few = mamba and edges < 10
+    few, falls = edges < 10, mamba or not s["teacherless"]
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
-        deep=cure and not few,         # on few edges a Mamba is quicker without, and with fewer layers
-        n_layer=s["path_len"] + (1 if few else 3),  # a path takes path_len - 2 look-ups in turn
+        deep=cure and not (mamba and few),  # on few edges a Mamba is quicker without
+        n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if many else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64 if many else 32,    # a Mamba looks a node up by this many numbers
+        d_state=64 if many or not few else 32,  # a Mamba looks a node up by so many numbers, among the edges
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
-        lr=2e-2 if few else 1e-2 if mamba else 3e-3,  # at 5e-3 a GPT learnt no hop on G(10,5)
-        muon_lr=0.02 if few else 0.01,  # with losses behind every layer a Mamba was slower at 0.02
-        warmup=250 if few else 100, decay=0.5 if few else 0.0,  # at constant rates the last errors stayed
+        # a GPT that waits for its next hop wants a constant rate; all others end sooner with one that falls
+        lr=2e-2 if mamba else 5e-3 if falls else 3e-3, muon_lr=0.02 if mamba else 0.01,
+        warmup=100 if not falls else 250 if few else 500, decay=0.5 if falls else 0.0,
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
         weight_decay=0.0, n_head=4, max_steps=10_000)  # a graph is hardly ever seen more than three times
 
