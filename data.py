@@ -134,7 +134,7 @@ def whole_file(path):
 
 def save(path, task, graphs):
     """Write Graphs as official text, one line a graph. Raises FileExistsError if there is such a file."""
-    if Path(path).exists():
+    if os.path.lexists(path):
         raise FileExistsError(17, "there is such a file already", str(path))
     with whole_file(path) as file:
         file.writelines(f"{task.decode(*graph)}\n".encode() for graph in zip(graphs.prefix, graphs.target))
@@ -255,6 +255,7 @@ def tell(text, live=False):
 def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
     sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that it lacks ends no run
+    signal.signal(signal.SIGTERM, lambda kind, _: sys.exit(128 + kind))  # so that no half-written file stays
     try:
         main()
         print(end="", flush=True)
@@ -272,15 +273,14 @@ def median_ms(*functions, repeats=15):
 
 def main():
     parser = Parser(__doc__)
-    for name, default, least, most in (("deg", 2, 1, 10**4), ("path_len", 5, 2, 10**4),
+    for name, own, least, most in (("deg", 2, 1, 10**4), ("path_len", 5, 2, 10**4),
             ("num_nodes", 50, 2, 10**4), ("seed", 0, 0, 2**32 - 1), ("n", 20_000, 1, 10**7)):
-        parser.add_argument(f"--{name}", type=number(int, least, most), default=default, metavar="X",
-                            help=f"default {default}")
+        parser.add_argument(f"--{name}", type=number(int, least, most), default=own, help=f"default {own}")
     parser.add_argument("--write", type=some_path, metavar="FILE", help="write n graphs to this new file")
     args = parser.parse_args()
     try:
         task = PathStar(args.deg, args.path_len, args.num_nodes)
-        graphs = draw(task, args.n if args.write else 1, set(), WRITE, args.seed)
+        graphs = draw(task, n := args.n if args.write else 1, set(), WRITE, args.seed, piece=min(n, 10_000))
         if args.write:
             save(args.write, task, graphs)
             return tell(f"{args.write}: {args.n:,} graphs, {task}")

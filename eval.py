@@ -54,8 +54,7 @@ def percent(x):
 def predict(model, task, prefix, target, teacherless, batch_size=None):
     """Greedy predictions behind the true tokens (or `$`), long, and their cross-entropies, float, both
     (n, target_len) on the CPU; prefix and target may be of any integer type, on any device."""
-    # A GPU takes as long for a small batch as for a large one. All have one shape, the last one padded, so
-    # that a compiled model compiles once; and the device is waited for at the end alone.
+    # large ones for a GPU; all of one shape, the last one padded, so that a compiled model compiles once
     device, found = next(model.parameters()).device, []
     size = min(len(target), batch_size or (125 if device.type == "cpu" else 1000))
     for x, y in zip(prefix.to(device).split(size), target.to(device).split(size)):
@@ -83,9 +82,9 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 
 # -------------------------------------------------------------------------------------------------------
 # A run's folder read back: ckpt.pt, and config.json, the same settings for a person to read and to edit.
-# What may change when a run is resumed, with its types; what a setting was where a commit did not have it.
-FREE = dict(max_steps=int, stop_at=float | int, eval_every=int, device=str, compile=bool, cuda_graph=bool,
-            out_dir=str | None, train_file=str | None, test_file=str | None)
+# What may change when a run is resumed, and the least it may be; what a setting was before it was there.
+FREE = dict(max_steps=1, stop_at=0.0, eval_every=1, device="", compile=False, cuda_graph=False, out_dir="",
+            train_file="", test_file="")
 AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, decay=0.0, average=0.0, a_scale=1.0, cuda_graph=False)
 
 def pick_device(name):
@@ -126,7 +125,8 @@ def load_run(folder):
     with readable(config):  # a start that was killed may have left none
         said = {**(json.loads(config.read_text()) if config.exists() else {})}
     for name, value in said.items():
-        if not (isinstance(value, FREE[name]) if name in FREE else value == settings.get(name, value)):
+        own = settings.get(name, value)
+        if value != own and (name not in FREE or type(value) is not type(own) or value < FREE[name]):
             raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
     return settings | {name: said[name] for name in FREE if name in said}, checkpoint
 
@@ -246,7 +246,7 @@ def plot_curves(runs, file):
     for folder, s, log in runs:
         seen, exact = [line["samples"] for line in log], [100 * line["accuracy"] for line in log]
         if len(runs) > 1:
-            ax.plot(seen, exact, label=folder)
+            ax.plot(seen, exact, label=folder.replace("$", r"\$"))
             continue
         l = s["path_len"]
         for i, node in enumerate(["start", *(f"node {i}" for i in range(1, l - 1)), "goal"]):
@@ -306,10 +306,10 @@ def main(argv=None):
     flag("--device", type=some_path, help="cuda, mps or cpu (default: the first one there)")
     flag("--no-compile", **yes, help="run nothing compiled (default: as the run did)")
     args = parser.parse_args(argv)
-    kept = [run for run in args.runs if run.endswith(".jsonl")]
+    kept = [run for run in args.runs if run.endswith(".jsonl") and not Path(run).is_dir()]
     if kept and any(vars(args)[x] for x in "show layers test_file n_test plot device no_compile".split()):
         parser.error(f"{kept[0]}: all but the table, --json and --bars need a run's folder")
-    rows, curves, text, errors = [], [], [], []
+    rows, curves, out, errors = [], [], [], []
     for run in args.runs:  # a bad one is named, and does not keep the others from the table
         try:
             if run in kept:
@@ -323,11 +323,10 @@ def main(argv=None):
             if args.no_compile or not s["compile"]:
                 set_compile(False)
             graphs = test_graphs(s, task, args.test_file, args.n_test)
-            what = task, model, graphs, s["teacherless"]
             with precision(s["dtype"], device):
                 rows.append(measure(run, s, checkpoint, task, model, graphs))
-                text += ["", run, *read_layers(*what)] if args.layers else []
-                text += ["", run, *show(*what, args.show)] if args.show else []
+                out += ["", run, *read_layers(task, model, graphs, s["teacherless"])] if args.layers else []
+                out += ["", run, *show(task, model, graphs, s["teacherless"], args.show)] if args.show else []
             curves += [(run, s, checkpoint["log"])] if args.plot else []
         except Exception as error:
             if not (memory := out_of_memory(error)) and not isinstance(error, (UserError, OSError)):
@@ -338,13 +337,14 @@ def main(argv=None):
         for draw, what, file in ((plot_curves, curves, args.plot), (plot_bars, rows, args.bars)):
             if what and file:
                 draw(what, file)
-    except (ValueError, OSError, ImportError) as error:  # of matplotlib: no such format, no such folder
-        errors.append(f"--plot or --bars: {error}")
+    except Exception as error:  # of matplotlib: no such format, no such folder, no LaTeX for it
+        errors.append(f"--plot or --bars: {' '.join(str(error).split())}")
     readme = kept == args.runs and rows and not args.json
-    for line in (*(summary(rows) if readme else map(json.dumps if args.json else report, rows)), *text):
+    sys.stderr.write("".join(f"{parser.prog}: error: {error}\n" for error in errors))
+    for line in summary(rows) if readme else map(json.dumps if args.json else report, rows):
         print(line, flush=True)
-    if errors:
-        parser.exit(2, "".join(f"{parser.prog}: error: {error}\n" for error in errors))
+    print(*out, sep="\n", end="\n" * bool(out), file=sys.stderr if args.json else sys.stdout)
+    errors and sys.exit(2)
 
 if __name__ == "__main__":
     run_script(main)

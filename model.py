@@ -145,7 +145,7 @@ def generate(model, task, prefix, teacherless):
 def precision(dtype, device):
     """The context in which a run trains and is evaluated: --dtype; TF32 on CUDA, no change on a CPU."""
     torch.set_float32_matmul_precision("high")
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 # -------------------------------------------------------------------------------------------------------
 # The optimisers. A rate may be a tensor, and nothing waits for the device: so a GPU can record a step.

@@ -573,12 +573,12 @@ def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, m
         (run / "config.json").write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match="config.json: "):
             evaluation.load_run(run)
-    for name, value in dict(max_steps="99", stop_at=None, compile="no", test_file=3, deg="2", seed=3).items():
+    for name, value in dict(max_steps=True, eval_every=0, compile="no", train_file="x", seed=3).items():
         (run / "config.json").write_text(json.dumps(whole | {name: value}))
         with pytest.raises(UserError, match=f"config.json: {name} is "):
             evaluation.load_run(run)
-    (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, stop_at=1)))
-    assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, stop_at=1)
+    (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, device="mps")))
+    assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, device="mps")
     for model, zipped in ((Bomb(), True), (Bomb(), False), ({"a": torch.zeros(1)}, True)):
         torch.save(state | dict(model=model), run / "ckpt.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match="ckpt.pt: cannot be read"):
@@ -906,7 +906,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
     (tmp_path / "notes" / "config.json").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for flags in (dict(num_nodes=4), dict(n_head=5), dict(test_file="notes"), dict(device="abacus")):
-        for out in (dict(out_dir="notes"), dict(out_dir="empty"), dict(out_dir="a/new/one"), {}):
+        for out in ({}, *(dict(out_dir=name) for name in ("notes", "empty", "a/new/one", "b/" + 300 * "c"))):
             error = call("train.py", *command(**flags | out), refused=True)[1]
             assert ("holds" in error) == ("notes" in out.values())
             assert sorted(tmp_path.rglob("*")) == before, (flags, out)
@@ -999,7 +999,7 @@ NAME = {"out_dir", "write", "plot", "bars"}
 @pytest.mark.parametrize("script, flag", [(script, flag) for script in VALUED for flag in VALUED[script]])
 def test_every_flag_takes_a_value_or_refuses_it_by_name(tmp_path, monkeypatch, call, run, script, flag):
     """-1, 0, 1e99, a letter, nothing: as the lists above say, or one line, and nothing is written."""
-    def taken(*_):
+    def taken(*_, **__):
         raise ZeroDivisionError
     monkeypatch.chdir(tmp_path)
     given = dict(model="mamba") if flag in ("d_state", "a_scale") else {flag: "x"} if "file" in flag else {}
@@ -1024,7 +1024,7 @@ def test_the_scripts_run_one_after_the_other(tmp_path, monkeypatch, call):
     (run,) = (tmp_path / "out").iterdir()  # the folder's default name
     assert "40 unseen graphs" in found and then == f"python eval.py out/{run.name}"
     line, record = log(run)[-1], json.loads((run / "config.json").read_text())["record"]
-    row, *layers = call("eval.py", run, "--json", "--layers")
+    (row,), layers = (call("eval.py", run, flag) for flag in ("--json", "--layers"))
     assert json.loads(row).items() >= (record | dict(loss=line["unseen_loss"], n_graphs=40)).items()
     assert layers[-1].endswith("tokens % " + " ".join(map(evaluation.percent, line["token_accuracy"])))
     assert record.keys() >= RECORD.keys() and record["command"].startswith("python train.py --preset=paper ")

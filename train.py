@@ -283,8 +283,12 @@ def hold(folder, resume):
     made = [path for path in (folder, *folder.parents) if not resume and not path.exists()]
     with contextlib.ExitStack() as stack:
         signals = noted(stack)
-        if made:
-            folder.mkdir(parents=True)
+        @stack.callback
+        def unmake():  # what is empty in the end
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        made and folder.mkdir(parents=True)
         lock = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, lock)
         try:
@@ -295,11 +299,7 @@ def hold(folder, resume):
             pass  # a file system without locks
         if not resume and {*os.listdir(folder)} - {"ckpt.pt.tmp"}:
             raise UserError(f"--out_dir {folder}: holds files already; --resume goes on with a run")
-        try:
-            yield signals
-        finally:
-            with contextlib.suppress(OSError):  # it holds a run now, or another one has come into out/
-                [path.rmdir() for path in made]
+        yield signals
 
 def save(run, folder, *last_line):
     """Write a run; `last_line` of its log is of the test set, which no checkpoint knows."""
