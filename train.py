@@ -325,7 +325,8 @@ def ticking(text):
         thread.join()
 
 def train(run, folder, signals):
-    """Train until solved, to the last step or until a signal comes; save at each evaluation and then."""
+    """Train until solved, to the last step or until a signal comes; save at each evaluation and then.
+    -> the result on the test set (dict), which is read once, at the end; None if a signal came."""
     s, begin = run.settings, time.perf_counter() - run.seconds
     clock = lambda: time.perf_counter() - begin
     text = lambda: f"step {run.step:6,} | loss {run.recent_loss or '-':.4} | {clock() / 60:.2f} min"
@@ -349,7 +350,7 @@ def train(run, folder, signals):
             elif run.step % 50 == 0:
                 tell(text(), live=True)
             if stop or run.finished():
-                return
+                return None if stop else or_uncompiled(run.evaluate, run.test, "test")
             or_uncompiled(run.train_step)
 
 def main(argv=None):
@@ -374,11 +375,10 @@ def main(argv=None):
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters in {s['n_layer']} layers of "
                  f"{s['n_embd']}; at most {s['max_steps']:,} steps of {s['batch_size']} graphs, into {name}"
                  + "\ncompiling, a minute or two the first time, then seconds ..." * s["compile"])
-            train(run, folder, signals)
-            if signals:
+            line = train(run, folder, signals)
+            if line is None:
                 tell(f"saved at step {run.step:,}; to go on: python train.py --resume --out_dir {name}")
                 sys.exit(128 + signals[0])
-            line = or_uncompiled(run.evaluate, run.test, "test")  # the test set is read once
             save(run, folder, line)
             tell(f"{'solved' if line['accuracy'] >= 0.99 else 'not solved'}: {percent(line['accuracy'])} % "
                  f"exact match on {line['n_graphs']:,} unseen graphs after {run.step:,} steps, "
