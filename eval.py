@@ -65,9 +65,9 @@ def predict(model, task, prefix, target, teacherless, batch_size=None):
     return [torch.cat(pieces).cpu() for pieces in zip(*found)]
 
 def evaluate(model, task, graphs, teacherless, batch_size=None):
-    """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (of the whole path, greedy
-    decoding), token_accuracy (a list); in standard training also, when it is fed a wrong arm (section 4.3),
-    follows: shares of graphs with its second, ..., last node named; clever_hans: with all but the last."""
+    """Measure a model on Graphs -> dict of n_graphs, loss (nats a token), accuracy (of whole paths, greedy),
+    token_accuracy (list); in standard training, fed a wrong arm (section 4.3), also follows: shares of graphs
+    with its second, ..., last node named; clever_hans: with all but the last (it may name the goal there)."""
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
     right = (answer == graphs.target).double()  # (n, l); a generated path is right exactly if all of it are
     result = dict(n_graphs=len(right), loss=loss.mean().item(),
@@ -75,8 +75,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 3:
         wrong = torch.cat([graphs.target[:, :1], graphs.arms[:, 1]], 1)  # (n, l)
         answer, _ = predict(model, task, graphs.prefix, wrong, False, batch_size)
-        # (n, l - 2); in place of the last node a model may name the goal, which it has been given
-        follows = (answer[:, 2:] == wrong[:, 2:]).double()
+        follows = (answer[:, 2:] == wrong[:, 2:]).double()  # (n, l - 2)
         result |= dict(clever_hans=follows[:, :-1].amin(1).mean().item(), follows=follows.mean(0).tolist())
     return result
 
@@ -85,6 +84,8 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # What may change when a run is resumed, and the least it may be; what a setting was before it was there.
 FREE = dict(max_steps=1, stop_at=0.0, eval_every=1, device="", compile=False, cuda_graph=False, out_dir="",
             train_file="", test_file="")
+NEEDED = {*FREE, *"""model teacherless reverse deg path_len num_nodes n_train n_test seed dtype n_layer n_embd
+    n_head short_conv d_state batch_size optimizer lr muon_lr warmup weight_decay""".split()}
 AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, decay=0.0, average=0.0, a_scale=1.0, cuda_graph=False)
 
 def pick_device(name):
@@ -122,6 +123,7 @@ def load_run(folder):
             raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
         settings = AS_IT_WAS | checkpoint["settings"]
+        [settings[name] for name in NEEDED], checkpoint["step"] + checkpoint["seconds"], [*checkpoint["log"]]
     with readable(config):  # a start that was killed may have left none
         said = {**(json.loads(config.read_text()) if config.exists() else {})}
     for name, value in said.items():
@@ -157,8 +159,7 @@ def provenance(argv, device):
                 device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor)
 
 def load_file(s, flag, task):
-    """The Graphs of the file that a setting names, None if it names none. The settings s (dict) keep its full
-    path and a checksum, so that a run knows the file wherever it is resumed."""
+    """The Graphs of the file that a setting names, or None. s (dict) keeps its full path and a checksum."""
     if s[flag]:
         path = s[flag] = str(Path(s[flag]).absolute())
         try:
@@ -320,8 +321,7 @@ def main(argv=None):
                     rows += found
                 continue
             s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))
-            if args.no_compile or not s["compile"]:
-                set_compile(False)
+            (args.no_compile or not s["compile"]) and set_compile(False)
             graphs = test_graphs(s, task, args.test_file, args.n_test)
             with precision(s["dtype"], device):
                 rows.append(measure(run, s, checkpoint, task, model, graphs))

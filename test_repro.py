@@ -579,8 +579,9 @@ def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, m
             evaluation.load_run(run)
     (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, device="mps")))
     assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, device="mps")
-    for model, zipped in ((Bomb(), True), (Bomb(), False), ({"a": torch.zeros(1)}, True)):
-        torch.save(state | dict(model=model), run / "ckpt.pt", _use_new_zipfile_serialization=zipped)
+    for spoilt, zipped in ((dict(model=Bomb()), True), (dict(model=Bomb()), False), (dict(seconds="1"), True),
+                           (dict(model={"a": torch.zeros(1)}), True), (dict(settings={"seed": 0}), True)):
+        torch.save(state | spoilt, run / "ckpt.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match="ckpt.pt: cannot be read"):
             evaluation.load_model(run)
     assert not Path("mark").exists() and pickle.loads(pickle.dumps(Bomb())) is None and Path("mark").exists()
@@ -650,8 +651,7 @@ def test_rows_that_were_kept_stand_for_the_runs(tmp_path, monkeypatch, call, run
     assert call("eval.py", rows, "--json") == call("eval.py", run, "--json")
     for flag in ("--n_test=5", "--show=1", "--layers", "--plot=x.png", "--device=cpu", "--no-compile"):
         assert "need a run's folder" in call("eval.py", rows, flag, refused=True)[1]
-    no_table = rows.read_text().replace('"table"', '"label"')
-    for content, word in (("", ""), ("[1]", ""), ("{}", ""), (no_table, "table"), ("{}\n{", "line 2")):
+    for content, word in (("", ""), ("[1]", ""), ("{}", "table"), ('{"table": 1}', "task"), ("{}\n{", "line 2")):
         bad.write_text(content)
         out, error = call("eval.py", run, bad, rows, refused=True)
         assert "bad.jsonl" in error and word in error and out.splitlines() == 2 * call("eval.py", run)
