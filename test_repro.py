@@ -651,8 +651,8 @@ def test_rows_that_were_kept_stand_for_the_runs(tmp_path, monkeypatch, call, run
     assert call("eval.py", rows, "--json") == call("eval.py", run, "--json")
     for flag in ("--n_test=5", "--show=1", "--layers", "--plot=x.png", "--device=cpu", "--no-compile"):
         assert "need a run's folder" in call("eval.py", rows, flag, refused=True)[1]
-    for content, word in (("", ""), ("[1]", ""), ("{}", "table"), ('{"table": 1}', "task"), ("{}\n{", "line 2")):
-        bad.write_text(content)
+    for text, word in (("", ""), ("[1]", ""), ("{}", "table"), ('{"table": 1}', "task"), ("{}\n{", "line 2")):
+        bad.write_text(text)
         out, error = call("eval.py", run, bad, rows, refused=True)
         assert "bad.jsonl" in error and word in error and out.splitlines() == 2 * call("eval.py", run)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: bytearray(2**62))
