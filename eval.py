@@ -81,7 +81,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 
 # -------------------------------------------------------------------------------------------------------
 # A run's folder read back: ckpt.pt, and config.json, the same settings for a person to read and to edit.
-# What may change when a run is resumed, and the least it may be; what a setting was before it was there.
+# What may change when a run is resumed, and the least it may be; all settings; those of older runs.
 FREE = dict(max_steps=1, stop_at=0.0, eval_every=1, device="", compile=False, cuda_graph=False, out_dir="",
             train_file="", test_file="")
 NEEDED = {*FREE, *"""model teacherless reverse deg path_len num_nodes n_train n_test seed dtype n_layer n_embd
@@ -92,9 +92,9 @@ def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
     there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
     with contextlib.suppress(RuntimeError, AssertionError):
-        device = torch.device(there[0] if name == "auto" else name)
-        if device.type in there:
-            return torch.empty(1, device=device).device
+        device = torch.empty(1, device=there[0] if name == "auto" else name).device
+        if device.type in there:  # with `cuda:1` also what names no device, as a CUDA graph, is to use it
+            return device.type == "cuda" and torch.cuda.set_device(device) or device
     raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
 
 def build(s):
@@ -321,7 +321,7 @@ def main(argv=None):
                     rows += found
                 continue
             s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))
-            (args.no_compile or not s["compile"]) and set_compile(False)
+            set_compile(s["compile"] and not args.no_compile)
             graphs = test_graphs(s, task, args.test_file, args.n_test)
             with precision(s["dtype"], device):
                 rows.append(measure(run, s, checkpoint, task, model, graphs))

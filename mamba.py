@@ -95,7 +95,7 @@ def chunk_forward(x, delta, A, B, C, h):
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     """The sums over n. (Those over d are a kernel of their own: one keeps sums in registers along one axis.)
-    dh: a g of the step after the chunk, the gradient by its last state through all that is later
+    dh: a_{t+1} g_{t+1} at the chunk's last t, the gradient by its last state through all that is later
     -> dx, ddelta, dA (b, d, n), not yet summed over b, and dh for the chunk before."""
     h, a = states(x, delta, A, B, h)
     dx, ddelta, dA = [], [], 0

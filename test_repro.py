@@ -869,7 +869,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
             settle(line)
     name = lambda line: train.default_folder(flags(line), settle(line))
     lines = ["", "--model mamba", "--reverse", "--teacherless", "--teacherless --plain", "--deg 3",
-             "--teacherless --ahead 0", "--path_len 4", "--num_nodes 60", "--lr 0.1", "--seed 1"]
+             "--teacherless --ahead 0 --no-deep", "--path_len 4", "--num_nodes 60", "--lr 0.1", "--seed 1"]
     assert len(set(map(name, lines))) == len(lines) and name("").parent == Path("out")
     assert name("") == name("--max_steps 5 --device cpu --stop_at 0.5 --no-compile --eval_every 9")
 

@@ -1,4 +1,4 @@
-"""Train a GPT or a Mamba to find the path in a star graph, in one of three ways.
+"""Train a GPT or a Mamba to find the path in a star graph, in one of four ways.
 
     python train.py --model mamba --teacherless     # the cure: finds the paths of G(2,5)
     python train.py --model mamba                   # standard training: stays at a coin flip, 1/d
@@ -47,13 +47,13 @@ def preset(s):
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
         d_state=64 if many or not few else 32,  # a Mamba looks a node up by so many numbers, among the edges
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if many or long else 64,  # on the larger graphs 64 say too little of the next hop
+        batch_size=256 if many or long else 64,  # 256 solved G(20,5); no run of 64 saw as many graphs there
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
-        # a GPT that waits for its next hop wants a constant rate; all others end sooner with one that falls
+        # constant for a teacherless GPT, which solves G(10,5) so; the others end sooner with a falling rate
         lr=2e-2 if mamba else 5e-3 if falls else 3e-3, muon_lr=0.02 if mamba else 0.01,
         warmup=100 if not falls else 250 if few else 500, decay=0.5 if falls else 0.0,
         average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
-        weight_decay=0.0, n_head=4, max_steps=10_000)  # a graph is hardly ever seen more than three times
+        weight_decay=0.0, n_head=4, max_steps=10_000)  # each graph 3 times, 13 in batches of 256
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -100,9 +100,9 @@ def parse(argv=None):
     add("--model", "the architecture", choices=("gpt", "mamba"))
     add("--teacherless", "feed `$` in place of the answer and predict all of it in one pass", **yes)
     add("--reverse", "write the path goal first", **yes)
-    add("--plain", "teacherless training as in the paper: the same as --ahead 0 --no-deep", **yes)
-    add("--ahead", "weight of the look-ahead; 1 in teacherless training, else 0", **real(0, 100))
-    add("--deep", "take the losses behind every layer; so in teacherless training", **yes_or_no)
+    add("--plain", "the paper's teacherless training: --ahead 0 --no-deep; a GPT takes Muon for it", **yes)
+    add("--ahead", "weight of the look-ahead; 1 in the cure, else 0", **real(0, 100))
+    add("--deep", "take the losses behind every layer; in the cure, not a Mamba's on few edges", **yes_or_no)
     add("--deg", "arms of the graph, d", **whole(1, 10_000))
     add("--path_len", "nodes of the path, l", **whole(2, 10_000))
     add("--num_nodes", "node values, N", **whole(2, 10_000))
@@ -118,10 +118,10 @@ def parse(argv=None):
     add("--a_scale", "decay rates of the states at the start: -X, -2X, ... (mamba)", **real(1e-6, 1e6))
     add("--batch_size", "graphs a step", **whole(1, 10**6))
     add("--max_steps", "steps at most", **whole(1))
-    add("--optimizer", "muon (AdamW for all but the blocks' matrices) or adamw", choices=("muon", "adamw"))
+    add("--optimizer", "muon (for linear layers; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     add("--lr", "learning rate of AdamW", **real(0, 10))
     add("--muon_lr", "learning rate of Muon", **real(0, 10))
-    add("--weight_decay", "of the blocks' matrices", **real(0, 10))
+    add("--weight_decay", "of the linear layers' matrices", **real(0, 10))
     add("--warmup", "steps of linear warm-up of the rates, W", **whole(0))
     add("--decay", "then, at step t, they fall as (W / t) to the power of X; 0: not at all", **real(0, 10))
     add("--average", "what stays of the average of the weights at a step; 0: no average", **real(0, 1))
@@ -150,7 +150,7 @@ def settle(given):
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
+    said = {*"model teacherless reverse ahead deep deg path_len num_nodes seed resume".split(), *FREE}
     extra = sorted(name for name in given if name not in said or name in ("train_file", "test_file"))
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in extra)
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
@@ -267,9 +267,10 @@ class Recorded:
                 self.function(*tensors)
             return torch.cuda.current_stream().wait_stream(stream)
         if self.graph is None:
-            self.tensors, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            self.tensors, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.function(*self.tensors)
+            self.graph = graph  # if nothing failed
         for place, x in zip(self.tensors, tensors):
             place.copy_(x)
         self.graph.replay()
@@ -325,8 +326,7 @@ def ticking(text):
         thread.join()
 
 def train(run, folder, signals):
-    """Train until solved, to the last step or until a signal comes; save at each evaluation and then.
-    -> the result on the test set (dict), which is read once, at the end; None if a signal came."""
+    """Train until solved or to the last step -> the result on the test set; None if a signal stops it."""
     s, begin = run.settings, time.perf_counter() - run.seconds
     clock = lambda: time.perf_counter() - begin
     text = lambda: f"step {run.step:6,} | loss {run.recent_loss or '-':.4} | {clock() / 60:.2f} min"
@@ -350,7 +350,7 @@ def train(run, folder, signals):
             elif run.step % 50 == 0:
                 tell(text(), live=True)
             if stop or run.finished():
-                return None if stop else or_uncompiled(run.evaluate, run.test, "test")
+                return None if stop else or_uncompiled(run.evaluate, run.test, "test")  # read only here
             or_uncompiled(run.train_step)
 
 def main(argv=None):
