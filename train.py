@@ -37,8 +37,8 @@ def preset(s):
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
                     decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
-    many, long, edges = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
-    few, falls = edges < 10, mamba or not s["teacherless"]
+    many, long, falls = s["num_nodes"] > 64, s["path_len"] > 10, mamba or not s["teacherless"]
+    few = s["deg"] * (s["path_len"] - 1) < 10  # edges
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
         deep=cure and not (mamba and few),  # on few edges a Mamba is quicker without
