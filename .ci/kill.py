@@ -73,8 +73,9 @@ def main():
             process = start(*TRAIN, "--out_dir", str(killed), *resume)
             while process.poll() is None and not (killed / "ckpt.pt").exists():
                 time.sleep(0.01)
-            # start-up takes most of a short run, so the moment is drawn from the first line of output on
-            process.stdout.readline()
+            # start-up takes most of a short run, so the moment is drawn from its last line of output on
+            while process.poll() is None and "parameters" not in process.stdout.readline():
+                pass
             time.sleep(draw.uniform(0, 0.5 * duration / args.kills))
             process.send_signal(signal.SIGKILL)
             process.communicate()
