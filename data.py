@@ -214,8 +214,7 @@ class Parser(ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    error = lambda self, message: self.exit(2, f"{self.prog}: error: {message}\n")
 
 def number(kind, least, most):
     """An argparse type: an int or float in [least, most]."""
@@ -255,7 +254,8 @@ def tell(text, live=False):
 def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
     sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that it lacks ends no run
-    signal.signal(signal.SIGTERM, lambda kind, _: sys.exit(128 + kind))  # so that no half-written file stays
+    for kind in (signal.SIGTERM, signal.SIGHUP):  # unless ignored: so that no half-written file stays
+        signal.getsignal(kind) or signal.signal(kind, lambda kind, _: sys.exit(128 + kind))
     try:
         main()
         print(end="", flush=True)

@@ -363,7 +363,7 @@ def main(argv=None):
         with hold(folder, resume) as signals:
             if resume:
                 settings, state = reopen(folder, given)
-            s, name = settings, shlex.quote(str(folder))
+            s, name = settings, shlex.quote("./" * (str(folder)[0] == "-") + str(folder))
             tell(f"{s['model']}, {objective(s)}: making the model and the graphs ...")
             run = Run(s)
             record = s["record"] = s.get("record") or provenance(argv, run.device)
