@@ -247,7 +247,7 @@ def plot_curves(runs, file):
     for folder, s, log in runs:
         seen, exact = [line["samples"] for line in log], [100 * line["accuracy"] for line in log]
         if len(runs) > 1:
-            ax.plot(seen, exact, label=folder.replace("$", r"\$"))
+            ax.plot(seen, exact, label="./" * (folder[0] == "_") + folder.replace("$", r"\$"))
             continue
         l = s["path_len"]
         for i, node in enumerate(["start", *(f"node {i}" for i in range(1, l - 1)), "goal"]):
