@@ -128,7 +128,8 @@ def load_run(folder):
         said = {**(json.loads(config.read_text()) if config.exists() else {})}
     for name, value in said.items():
         own = settings.get(name, value)
-        if value != own and (name not in FREE or type(value) is not type(own) or value < FREE[name]):
+        fits = type(value) is type(own) or (type(value), type(own)) == (int, float)
+        if value != own and not (name in FREE and fits and value >= FREE[name]):
             raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
     return settings | {name: said[name] for name in FREE if name in said}, checkpoint
 
@@ -221,8 +222,7 @@ def summary(rows):
 
 def show(task, model, graphs, teacherless, k):
     """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""
-    answer, _ = predict(model, task, graphs.prefix, graphs.target, teacherless)
-    right = (answer == graphs.target).all(1)
+    right = (predict(model, task, graphs.prefix, graphs.target, teacherless)[0] == graphs.target).all(1)
     order = right.int().argsort()  # the wrong ones first
     chosen = torch.cat([order[:k - k // 2], order[len(order) - k // 2:]]).unique().tolist()
     prefix = graphs.prefix[chosen].long().to(next(model.parameters()).device)
@@ -321,7 +321,7 @@ def main(argv=None):
                     rows += found
                 continue
             s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))
-            set_compile(s["compile"] and not args.no_compile)
+            s["model"] == "mamba" and set_compile(s["compile"] and not args.no_compile)  # a GPT needs none
             graphs = test_graphs(s, task, args.test_file, args.n_test)
             with precision(s["dtype"], device):
                 rows.append(measure(run, s, checkpoint, task, model, graphs))

@@ -209,7 +209,7 @@ def out_of_memory(error):
 
 def compiler_failed(error):
     """Turn torch.compile off in this process, and say why in one line on stderr. Raises `error` itself if
-    that is no help: it was off already, or memory or the device failed."""
+    that is no help: it was off already, memory or the device failed, or it is a user's mistake."""
     off = torch._dynamo.eval_frame._stance.stance == "force_eager"  # there is no public way to ask
     if off or out_of_memory(error) or isinstance(error, (UserError, torch.AcceleratorError)):
         raise error

@@ -1,7 +1,6 @@
 """The tests, in the order of the files: pytest -q -m "not slow" test_repro.py. No GPU, no downloads."""
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
@@ -266,7 +265,8 @@ def published_gpt(model, idx):
         scores = (q @ key.mT / q.shape[-1] ** 0.5).exp() * torch.ones(t, t).tril()
         y = scores / scores.sum(-1, keepdim=True) @ v
         x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+        x = x + linear((h := linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")) * torch.special.ndtr(h),
+                       f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 def published_mamba(model, idx):
@@ -448,7 +448,7 @@ def test_scan_without_a_compiler_says_so_once_and_is_right(monkeypatch, capsys):
         if torch._dynamo.eval_frame._stance.stance == "default":
             raise error
         return function(*tensors)
-    monkeypatch.setattr(mamba, "compiled", lambda function, _: functools.partial(kernel, function))
+    monkeypatch.setattr(mamba, "compiled", lambda function, _: lambda *tensors: kernel(function, *tensors))
     torch.compiler.set_stance("default")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
@@ -573,12 +573,13 @@ def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, m
         (run / "config.json").write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match="config.json: "):
             evaluation.load_run(run)
-    for name, value in dict(max_steps=True, eval_every=0, compile="no", train_file="x", seed=3).items():
+    for name, value in (("max_steps", "99"), ("max_steps", True), ("eval_every", 0), ("stop_at", None),
+                        ("compile", "no"), ("test_file", 3), ("train_file", "x"), ("deg", "2"), ("seed", 3)):
         (run / "config.json").write_text(json.dumps(whole | {name: value}))
         with pytest.raises(UserError, match=f"config.json: {name} is "):
             evaluation.load_run(run)
-    (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, device="mps")))
-    assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, device="mps")
+    (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, stop_at=1)))
+    assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, stop_at=1)
     for spoilt, zipped in ((dict(model=Bomb()), True), (dict(model=Bomb()), False), (dict(seconds="1"), True),
                            (dict(model={"a": torch.zeros(1)}), True), (dict(settings={"seed": 0}), True)):
         torch.save(state | spoilt, run / "ckpt.pt", _use_new_zipfile_serialization=zipped)
@@ -953,8 +954,7 @@ def test_a_run_can_be_resumed_again_and_from_a_thread(tmp_path, call):
     trained(folder, max_steps=4, **given)
     resume = lambda *flags: train.main(["--resume", f"--out_dir={folder}", *flags])
     thread = threading.Thread(target=resume, args=["--max_steps=8"])
-    thread.start()
-    thread.join()
+    thread.start(), thread.join()
     for steps in (2, 12):
         resume(f"--max_steps={steps}", "--d_state=8", "--n_layer=2", "--model=mamba", "--no-deep")
         assert checkpoint(folder)["step"] == max(8, steps) == log(folder)[-1]["step"] and handlers() == before
