@@ -109,31 +109,34 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
-    """The sums over d, first in groups of 16 channels, which fit registers, then of the groups -> dB, dC."""
-    group = 16 if x.shape[2] % 16 == 0 else 1
-    over_group = lambda v: v.unflatten(1, (-1, group)).sum(2)  # (b, d, n) -> (b, d / group, n)
-    h, a = states(x, delta, A, B, h)
-    dB, dC = [], []
-    for t in reversed(range(x.shape[1])):
-        g = C[:, t] * dy[:, t] + dh
-        dh = a[t] * g
-        dB.append(over_group(g * x[:, t]))
-        dC.append(over_group(h[t + 1] * dy[:, t]))
-    return tuple(torch.stack(v[::-1], 1).sum(2, keepdim=True) for v in (dB, dC))
+    """The sums over d -> dB, dC. Four channels at a time go through the recurrences side by side, and are
+    summed in registers; a second kernel sums the groups. dC needs h alone, dB needs g alone."""
+    group = 4 if x.shape[2] % 4 == 0 else 1
+    channels = lambda v: v.unflatten(-2, (-1, group)).unbind(-2)  # (.., d, n) -> 4 of (.., d / 4, n)
+    x, delta, A, dy = map(channels, (x, delta, A, dy))
+    h, dh, steps, dB, dC = [*channels(h)], [*channels(dh)], range(B.shape[1]), [], []
+    decay = lambda t, i: exp(delta[i][:, t] * A[i])
+    for t in steps:
+        dC.append(0)
+        for i in range(group):
+            h[i] = decay(t, i) * h[i] + x[i][:, t] * B[:, t]
+            dC[-1] = dC[-1] + h[i] * dy[i][:, t]
+    for t in reversed(steps):
+        dB.append(0)
+        for i in range(group):
+            g = C[:, t] * dy[i][:, t] + dh[i]
+            dh[i] = decay(t, i) * g
+            dB[-1] = dB[-1] + g * x[i][:, t]
+    return tuple(torch.stack(v, 1).sum(2, keepdim=True) for v in (dB[::-1], dC))
 
 @cache  # at the first call, not on import: torch.compile imports the compiler, for seconds
-def compiled(function, device):
+def compiled(function):
     """A chunk function as a kernel. The compiler makes a loop of each operation and joins loops over the
     same numbers, so that what passes between them is not stored: up to limits, which are lifted here."""
     no_limit = 10**6
-    options = {"max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # loops joined
-               "cpp.enable_floating_point_contract_flag": "fast"}  # a * b + c may be one instruction
-    if function is chunk_backward_d and device == "cpu":
-        # What is used often is stored all the same: here every state, half as slow again. Without these
-        # limits each use computes it anew, which is slow to compile, and on a GPU three times slower.
-        options |= dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold",
-                                  "realize_acc_reads_threshold"), no_limit)
-    return torch.compile(function, dynamic=False, options=options)
+    return torch.compile(function, dynamic=False, options={
+        "max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # loops joined
+        "cpp.enable_floating_point_contract_flag": "fast"})  # a * b + c may be one instruction
 
 def set_compile(on):
     """Turn torch.compile on or off in this process."""
@@ -149,7 +152,7 @@ def set_compile(on):
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""
     # detached: it would be compiled anew wherever requires_grad differs
-    return or_uncompiled(compiled(function, tensors[0].device.type), *map(Tensor.detach, tensors))
+    return or_uncompiled(compiled(function), *map(Tensor.detach, tensors))
 
 # Both directions are operators, as the model around them is compiled too: its compiler calls an operator as
 # it is, where it would unroll the loop of a function; the "fakes" tell it the shapes of the outputs. (A

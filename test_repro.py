@@ -448,7 +448,7 @@ def test_scan_without_a_compiler_says_so_once_and_is_right(monkeypatch, capsys):
         if torch._dynamo.eval_frame._stance.stance == "default":
             raise error
         return function(*tensors)
-    monkeypatch.setattr(mamba, "compiled", lambda function, _: lambda *tensors: kernel(function, *tensors))
+    monkeypatch.setattr(mamba, "compiled", lambda function: lambda *tensors: kernel(function, *tensors))
     torch.compiler.set_stance("default")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
