@@ -213,11 +213,11 @@ def summary(rows):
         line = [task, name]
         for model in PAPER:
             seeds, paper = cell(rows, task, name, model), percent(paper_accuracy(model, task, name))
-            exact, minutes = ([row[field] for row in seeds] for field in ("accuracy", "minutes"))
-            devices = "/".join(sorted({row["device"] for row in seeds}))
+            exact, devices = [row["accuracy"] for row in seeds], {row["device"] for row in seeds}
+            took = {x: statistics.median(row["minutes"] for row in seeds if row["device"] == x) for x in devices}
             mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
             line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
-                     f"{statistics.median(minutes):.1f} {devices}" if seeds else "-"]
+                     ", ".join(f"{x:.1f} {device}" for device, x in sorted(took.items())) or "-"]
         yield f"|{'|'.join(line)}|"
 
 def show(task, model, graphs, teacherless, k):
