@@ -60,9 +60,9 @@ def selective_scan_ref(u, delta, A, B, C, D):
 # (Those of delta u and D u are left to autograd.) Autograd on the loop above would store h_t and a_t for all
 # t, and memory is slower than arithmetic. So time is cut into chunks, only the state before each chunk is
 # stored, and the gradient computes the others again. In a function for one chunk the loop is unrolled and
-# compiled into one kernel, one loop of machine code, in which h stays in registers. A GPU's registers hold
-# no more than 16 steps; 16 on a CPU gain a tenth at most and take twice as long to compile.
-CHUNK = dict(cpu=8, cuda=16)
+# compiled into one kernel, one loop of machine code, in which h stays in registers. 16 steps would take two
+# to three times as long to compile, gain a tenth at most on a CPU, and fill all registers of a GPU.
+CHUNK = 8
 
 def exp(x):
     """torch.exp of x <= 0, within 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time
@@ -180,12 +180,13 @@ def at_least_fp32(x):
 def selective_scan(u, delta, A, B, C, D):
     """`selective_scan_ref`, fast: same arguments, same result, any length l >= 1, in the dtype of u.
     Computes in fp32 (in fp64 for fp64 inputs) whatever autocast says."""
-    dtype, l, T = u.dtype, u.shape[1], CHUNK.get(u.device.type, CHUNK["cuda"])
+    dtype, l = u.dtype, u.shape[1]
     u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
     # into c chunks of one shape for all l; zeros fill the last one, and their y is cut off below
-    fill = lambda v: F.pad(v, (0, 0, 0, -l % T))
-    x, delta = (rearrange(fill(v), "b (c t) d -> c b t d 1", t=T).contiguous() for v in (delta * u, delta))
-    B, C = (rearrange(fill(v), "b (c t) n -> c b t 1 n", t=T).contiguous() for v in (B, C))
+    fill = lambda v: F.pad(v, (0, 0, 0, -l % CHUNK))
+    cut = lambda v, axes: rearrange(fill(v), f"b (c t) {axes}", t=CHUNK).contiguous()
+    x, delta = (cut(v, "d -> c b t d 1") for v in (delta * u, delta))
+    B, C = (cut(v, "n -> c b t 1 n") for v in (B, C))
     # the state goes from chunk to chunk, and its gradient, dh, comes back through autograd
     y, h = [], u.new_zeros(len(u), *A.shape)
     for x_c, delta_c, B_c, C_c in zip(x, delta, B, C):
