@@ -210,7 +210,7 @@ def summary(rows):
     yield "|graph|objective|GPT, %|paper|seeds|minutes|Mamba, %|paper|seeds|minutes|"
     yield "|---" * 10 + "|"
     for task, name in dict.fromkeys((row["task"], row["objective"]) for row in rows):
-        line = [task, name]
+        line = [task.removesuffix(", N = 50"), name]
         for model in PAPER:
             seeds, paper = cell(rows, task, name, model), percent(paper_accuracy(model, task, name))
             exact, devices = [row["accuracy"] for row in seeds], {row["device"] for row in seeds}
