@@ -312,7 +312,7 @@ def device_ms(function):
 def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = dict(cpu=[(64, 31, 128, 32), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
+    shapes = dict(cpu=[(64, 31, 128, 64), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
                   cuda=[(256, 31, 768, 16), (64, 247, 768, 16)])
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
     block_scan = torch.compile(selective_scan, dynamic=False)  # as in a compiled block
@@ -333,7 +333,7 @@ def main():
               f"{scan_bytes / scan_ms / 1e9:9.4f}{difference:21.1e}", flush=True)
 
     task = PathStar(2, 5, 50)
-    time_step(Mamba(MambaConfig(task.vocab_size, d_state=32)).to(device), task, batch_size=64)
+    time_step(Mamba(MambaConfig(task.vocab_size, d_state=64)).to(device), task, batch_size=64)
 
 if __name__ == "__main__":
     run_script(main)

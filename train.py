@@ -45,7 +45,7 @@ def preset(s):
         n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if many else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64 if many or not few else 32,  # a Mamba looks a node up by so many numbers, among the edges
+        d_state=64,                    # by so many numbers a Mamba looks a node up among the edges
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if many or long else 64,  # 256 solved G(20,5); no run of 64 saw as many graphs there
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
