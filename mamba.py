@@ -48,8 +48,8 @@ def selective_scan_ref(u, delta, A, B, C, D):
 # The same scan, fast. With x_t = delta_t u_t and a_t = exp(delta_t A) it is
 #     h_t = a_t h_{t-1} + x_t B_t        y_t = C_t . h_t
 #
-# Write dv for the gradient of the loss by v, and g_t for that by h_t. The loss depends on h_t through y_t
-# and through h_{t+1}, so g is a recurrence too, one that runs back in time, and the rest follows from it:
+# Write dv for the gradient of the loss with respect to v, and g_t for dh_t. The loss depends on h_t through
+# y_t and through h_{t+1}, so g is a recurrence too, one that runs back in time, and the rest follows from it:
 #
 #     g_t      = C_t dy_t + a_{t+1} g_{t+1}
 #     dx_t     = sum over n of g_t B_t
@@ -57,16 +57,17 @@ def selective_scan_ref(u, delta, A, B, C, D):
 #     dlog_a_t = g_t a_t h_{t-1}                  (log a_t = delta_t A)
 #     ddelta_t = sum over n of A dlog_a_t         dA = sum over b and t of delta_t dlog_a_t
 #
-# (Those of delta u and D u are left to autograd.) Autograd on the loop above would store h_t and a_t for all
-# t, and memory is slower than arithmetic. So time is cut into chunks, only the state before each chunk is
-# stored, and the gradient computes the others again. In a function for one chunk the loop is unrolled and
-# compiled into one kernel, one loop of machine code, in which h stays in registers. 16 steps would take two
-# to three times as long to compile, gain a tenth at most on a CPU, and fill all registers of a GPU.
+# (The products delta u and D u are left to autograd.) Autograd on the loop above would store h_t and a_t for
+# all t, and memory is slower than arithmetic. So time is cut into chunks, only the state before each chunk is
+# stored, and the backward pass computes the states within it again. A chunk function unrolls its steps, so
+# that the compiler can make one loop over b, d and n of them, a kernel, in which h stays in registers. 16
+# steps would take two to three times as long to compile, gain a tenth at most on a CPU, and fill the
+# registers of a GPU.
 CHUNK = 8
 
 def exp(x):
-    """torch.exp of x <= 0, within 2e-7. Compiled, on a CPU, in fp32, where the scan spends most of its time
-    in it, a faster one: e^x = 2^(i + f), with integer i in a float's exponent and a polynomial for 2^f."""
+    """torch.exp for x <= 0, within 2e-7. The scan spends most of its time in it, so compiled for a CPU in
+    fp32 it is a faster one: e^x = 2^(i + f), integer i in a float's exponent and a polynomial for 2^f."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.exp(x)
     x = x * math.log2(math.e)
@@ -74,10 +75,10 @@ def exp(x):
     f, power = x - i, 0  # |f| <= 1/2
     for c in (0.0013300265, 0.009669709, 0.0555056, 0.24022281, 0.69314718, 1):  # minimax; exact at 0
         power = power * f + c
-    return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # below 2^-126: next to 0
+    return power * ((i.int() + 127).clamp(min=0) << 23).view(torch.float32)  # 0 from i = -127 down
 
-# In a chunk of T steps x, delta and y are (b, T, d, 1), B and C (b, T, 1, n), A is (d, n), and h, a and g
-# are (b, d, n): they broadcast. Time counts from 0: step t leads from h[t] to h[t + 1], with decay a[t].
+# In a chunk of T steps x, delta, y and dy are (b, T, d, 1), B and C (b, T, 1, n), A is (d, n), and h, a, g
+# and dh are (b, d, n): they broadcast. Time counts from 0: step t leads from h[t] to h[t + 1], decay a[t].
 
 def states(x, delta, A, B, h):
     """From the state h before a chunk -> its T + 1 states, h first, and its T decays, as lists."""
@@ -94,8 +95,8 @@ def chunk_forward(x, delta, A, B, C, h):
     return torch.stack(y, dim=1), h[-1]
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
-    """The sums over n. (Those over d are a kernel of their own: one keeps sums in registers along one axis.)
-    dh: a_{t+1} g_{t+1} at the chunk's last t, the gradient by its last state through all that is later
+    """The sums over n. (A kernel keeps sums in registers along one axis only: those over d are another one.)
+    dh: what all that is later adds to the gradient of the chunk's last state, a_{t+1} g_{t+1} at its last t
     -> dx, ddelta, dA (b, d, n), not yet summed over b, and dh for the chunk before."""
     h, a = states(x, delta, A, B, h)
     dx, ddelta, dA = [], [], 0
@@ -109,38 +110,33 @@ def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
     return torch.stack(dx[::-1], 1), torch.stack(ddelta[::-1], 1), dA, dh
 
 def chunk_backward_d(x, delta, A, B, C, h, dy, dh):
-    """The sums over d -> dB, dC. Four channels at a time go through the recurrences side by side, and are
-    summed in registers; a second kernel sums the groups. dC needs h alone, dB needs g alone."""
-    group = 4 if x.shape[2] % 4 == 0 else 1
-    channels = lambda v: v.unflatten(-2, (-1, group)).unbind(-2)  # (.., d, n) -> 4 of (.., d / 4, n)
-    x, delta, A, dy = map(channels, (x, delta, A, dy))
-    h, dh, steps, dB, dC = [*channels(h)], [*channels(dh)], range(B.shape[1]), [], []
-    decay = lambda t, i: exp(delta[i][:, t] * A[i])
-    for t in steps:
-        dC.append(0)
-        for i in range(group):
-            h[i] = decay(t, i) * h[i] + x[i][:, t] * B[:, t]
-            dC[-1] = dC[-1] + h[i] * dy[i][:, t]
-    for t in reversed(steps):
-        dB.append(0)
-        for i in range(group):
-            g = C[:, t] * dy[i][:, t] + dh[i]
-            dh[i] = decay(t, i) * g
-            dB[-1] = dB[-1] + g * x[i][:, t]
-    return tuple(torch.stack(v, 1).sum(2, keepdim=True) for v in (dB[::-1], dC))
+    """The sums over d -> dB, dC. A reduction inside the loop would split it into many kernels, so four
+    channels are added up one by one; a second kernel sums the d / 4 groups (d, if 4 does not divide d)."""
+    steps, group = range(x.shape[1]), 4 if x.shape[2] % 4 == 0 else 1
+    dB, dC = [0] * len(steps), [0] * len(steps)
+    for i in range(group):  # channels i, i + 4, ...
+        x_i, delta_i, A_i, h_i, dy_i, dh_i = (v[..., i::group, :] for v in (x, delta, A, h, dy, dh))
+        h_i, a = states(x_i, delta_i, A_i, B, h_i)
+        for t in steps:
+            dC[t] = dC[t] + h_i[t + 1] * dy_i[:, t]
+        for t in reversed(steps):
+            g = C[:, t] * dy_i[:, t] + dh_i
+            dh_i = a[t] * g
+            dB[t] = dB[t] + g * x_i[:, t]
+    return tuple(torch.stack(v, 1).sum(2, keepdim=True) for v in (dB, dC))
 
-@cache  # at the first call, not on import: torch.compile imports the compiler, for seconds
+@cache  # at the first call, not on import: importing the compiler takes seconds
 def compiled(function):
-    """A chunk function as a kernel. The compiler makes a loop of each operation and joins loops over the
-    same numbers, so that what passes between them is not stored: up to limits, which are lifted here."""
+    """A chunk function, compiled. Inductor, the compiler, makes a loop of each operation, and fuses loops
+    over the same elements: what one hands to the next is not stored. Here it may fuse any number."""
     no_limit = 10**6
     return torch.compile(function, dynamic=False, options={
-        "max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # loops joined
+        "max_fusion_size": no_limit, "cpp.max_horizontal_fusion_size": no_limit,  # else 64 loops, 16
         "cpp.enable_floating_point_contract_flag": "fast"})  # a * b + c may be one instruction
 
 def set_compile(on):
     """Turn torch.compile on or off in this process."""
-    # on import, also to stay off, the compiler makes the folder of its kernels; if it cannot it ends the run
+    # importing the compiler, even to leave it off, makes its kernels' folder; if it cannot, the run ends
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     try:
         folder and os.makedirs(folder, exist_ok=True)
@@ -151,11 +147,11 @@ def set_compile(on):
 
 def run(function, *tensors):
     """function(*tensors), compiled; where no compiler works, as it is."""
-    # detached: it would be compiled anew wherever requires_grad differs
+    # detached: it would be compiled anew for each mix of requires_grad
     return or_uncompiled(compiled(function), *map(Tensor.detach, tensors))
 
-# Both directions are operators, as the model around them is compiled too: its compiler calls an operator as
-# it is, where it would unroll the loop of a function; the "fakes" tell it the shapes of the outputs. (A
+# The model around the scan is compiled too. So that its compiler does not unroll these loops into the model,
+# both directions are operators, which it calls as they are; "fakes" tell it the shapes of the outputs. (A
 # torch.autograd.Function kept from the compiler cuts every block in pieces: a step takes 5 to 8 % longer.)
 @torch.library.custom_op("pitfalls::scan_chunk", mutates_args=())
 def scan_chunk(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> list[Tensor]:
@@ -313,7 +309,7 @@ def main():
     Parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = dict(cpu=[(64, 31, 128, 64), (64, 31, 256, 16), (16, 127, 256, 16), (16, 247, 256, 16)],
-                  cuda=[(256, 31, 768, 16), (64, 247, 768, 16)])
+                  cuda=[(64, 31, 128, 64), (256, 31, 768, 16), (64, 247, 768, 16)])
     torch._dynamo.config.recompile_limit = 64  # more shapes than a model has
     block_scan = torch.compile(selective_scan, dynamic=False)  # as in a compiled block
     source, target = torch.empty(2, 2**26, device=device)

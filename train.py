@@ -45,7 +45,7 @@ def preset(s):
         n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if many else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64,                    # by so many numbers a Mamba looks a node up among the edges
+        d_state=64,                    # a Mamba looks nodes up among the edges by these numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if many or long else 64,  # 256 solved G(20,5); no run of 64 saw as many graphs there
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
@@ -124,7 +124,7 @@ def parse(argv=None):
     add("--weight_decay", "of the linear layers' matrices", **real(0, 10))
     add("--warmup", "steps of linear warm-up of the rates, W", **whole(0))
     add("--decay", "then, at step t, they fall as (W / t) to the power of X; 0: not at all", **real(0, 10))
-    add("--average", "what stays of the average of the weights at a step; 0: no average", **real(0, 1))
+    add("--average", "share of the old average of the weights that a step keeps; 0: no average", **real(0, 1))
     add("--eval_every", "steps between evaluations", **whole(1))
     add("--stop_at", "exact match, twice in a row, at which to stop; 0: never", **real(0, 1))
     add("--seed", "seed of the weights and of the training graphs", **whole(0, 2**32 - 1))
@@ -204,8 +204,8 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
                 group["lr"] = rate * group["base_lr"]
             optimizer.step()
 
-        # In place of a decay of the rate an average of the weights (Polyak): avg <- b avg + (1 - b) w. At
-        # first b is 1 - 1/step, the plain mean; with b = 0 it is the weights themselves.
+        # An average of the weights (Polyak), which is what is evaluated: avg <- b avg + (1 - b) w. At first b
+        # is 1 - 1/step, the plain mean; with b = 0 it is the weights themselves.
         b = (1 - 1 / (self.count + 1)).clamp(max=self.settings["average"])
         averages, weights = list(self.average.parameters()), [p.detach() for p in self.model.parameters()]
         torch._foreach_mul_(averages, b)

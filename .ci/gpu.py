@@ -78,7 +78,7 @@ def scan():
     """The compiled scan and all its gradients beside the loop in fp64."""
     from mamba import forward_and_gradients, selective_scan, selective_scan_ref
     names = ("y", "u", "delta", "A", "B", "C", "D")
-    for shape in ((2, 19, 16, 4),) if CPU else ((64, 31, 128, 32), (16, 31, 768, 16), (3, 17, 40, 5)):
+    for shape in ((2, 19, 16, 4),) if CPU else ((64, 31, 128, 64), (16, 31, 768, 16), (3, 17, 40, 5)):
         b, l, d, n = shape
         sizes = (b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,)
         u, delta, A, B, C, D = (torch.randn(size, device=DEVICE, dtype=torch.float64) for size in sizes)
