@@ -858,8 +858,8 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     for line, want in (
             ("", dict(n_layer=8, n_embd=64, batch_size=64)), ("--path_len 20", dict(n_layer=23, n_embd=64)),
             ("--plain --teacherless", dict(optimizer="muon", ahead=0, deep=False)),
-            ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, ahead=1, deep=False)),
-            ("--model mamba --teacherless --deg 3", dict(n_layer=6, d_state=64, deep=True)),
+            ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, d_state=64, ahead=1, deep=False)),
+            ("--model mamba --teacherless --deg 3", dict(n_layer=6, deep=True)),
             ("--preset paper --teacherless", dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0)),
             ("--preset paper --n_layer 2", dict(n_layer=2, n_embd=384))):
         assert settle(line).items() >= want.items(), line
