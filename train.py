@@ -50,9 +50,9 @@ def preset(s):
         batch_size=256 if many or long else 64,  # 256 solved G(20,5); no run of 64 saw as many graphs there
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
         # constant for a teacherless GPT, which solves G(10,5) so; the others end sooner with a falling rate
-        lr=2e-2 if mamba else 5e-3 if falls else 3e-3, muon_lr=0.02 if mamba else 0.01,
-        warmup=100 if not falls else 250 if few else 500, decay=0.5 if falls else 0.0,
-        average=0.995 if mamba else 0.99,  # over about the last 200 and 100 steps
+        lr=(0.02 if cure else 0.01) if mamba else 5e-3 if falls else 3e-3,  # reverse diverged at 0.02
+        muon_lr=0.02 if mamba and cure else 0.01, warmup=100 if not falls else 250 if few else 500,
+        decay=0.5 if falls else 0.0, average=0.995 if mamba else 0.99,  # over the last 200 or 100 steps or so
         weight_decay=0.0, n_head=4, max_steps=10_000)  # each graph 3 times, 13 in batches of 256
 
 # The loss: what all of this is about.
