@@ -213,11 +213,11 @@ def summary(rows):
         line = [task.removesuffix(", N = 50"), name]
         for model in PAPER:
             seeds, paper = cell(rows, task, name, model), percent(paper_accuracy(model, task, name))
-            exact, devices = [row["accuracy"] for row in seeds], {row["device"] for row in seeds}
-            took = {x: statistics.median(r["minutes"] for r in seeds if r["device"] == x) for x in devices}
+            exact, devices = [row["accuracy"] for row in seeds], sorted({row["device"] for row in seeds})
+            took = [(x, statistics.median(r["minutes"] for r in seeds if r["device"] == x)) for x in devices]
             mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
             line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
-                     ", ".join(f"{x:.1f} {device}" for device, x in sorted(took.items())) or "-"]
+                     ", ".join(f"{minutes:.1f} {device}" for device, minutes in took) or "-"]
         yield f"|{'|'.join(line)}|"
 
 def show(task, model, graphs, teacherless, k):

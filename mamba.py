@@ -179,8 +179,7 @@ def selective_scan(u, delta, A, B, C, D):
     dtype, l = u.dtype, u.shape[1]
     u, delta, A, B, C, D = map(at_least_fp32, (u, delta, A, B, C, D))
     # into c chunks of one shape for all l; zeros fill the last one, and their y is cut off below
-    fill = lambda v: F.pad(v, (0, 0, 0, -l % CHUNK))
-    cut = lambda v, axes: rearrange(fill(v), f"b (c t) {axes}", t=CHUNK).contiguous()
+    cut = lambda v, axes: rearrange(F.pad(v, (0, 0, 0, -l % CHUNK)), f"b (c t) {axes}", t=CHUNK).contiguous()
     x, delta = (cut(v, "d -> c b t d 1") for v in (delta * u, delta))
     B, C = (cut(v, "n -> c b t 1 n") for v in (B, C))
     # the state goes from chunk to chunk, and its gradient, dh, comes back through autograd
