@@ -37,17 +37,17 @@ def preset(s):
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
                     decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     cure, mamba = s["teacherless"] and not s["plain"], s["model"] == "mamba"
-    long, falls, edges = s["path_len"] > 10, mamba or not s["teacherless"], s["deg"] * (s["path_len"] - 1)
-    few = edges < 10
+    wide, long, edges = s["num_nodes"] > 64, s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
+    falls, few = mamba or not s["teacherless"], edges < 10
     return dict(
         ahead=1.0 if cure else 0.0,    # the two additions that make teacherless training work
         deep=cure and not (mamba and few),  # on few edges a Mamba is quicker without
         n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
-        n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
+        n_embd=128 if wide else 64,    # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
         d_state=64,                    # a Mamba looks nodes up among the edges by these numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if edges > 30 else 64,  # a Mamba's batches of 64 lack a hop on G(10,5), for 10,000 steps
+        batch_size=256 if wide or long or mamba and edges > 30 else 64,  # batches of 64 stop short there
         optimizer="muon" if mamba or long or s["plain"] else "adamw",  # AdamW is slow there, or stops short
         # constant for a teacherless GPT, which solves G(10,5) so; the others end sooner with a falling rate
         lr=(0.02 if cure else 0.01) if mamba else 5e-3 if falls else 3e-3,  # reverse diverged at 0.02
