@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -133,6 +134,7 @@ def models():
 def attention():
     """PyTorch's attention kernels, forward and backward, by shape, in us of launched calls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    warnings.simplefilter("ignore")  # they say why a kernel cannot take a shape or a dtype: "-" below
     backends = [SDPBackend.MATH] if CPU else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                                               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for dtype in (torch.float32, torch.bfloat16):
