@@ -861,7 +861,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
             ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, d_state=64, ahead=1, deep=False)),
             ("--model mamba --teacherless --deg 3", dict(deep=True)), ("--model mamba", dict(lr=0.01)),
             ("--preset paper --teacherless", dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0)),
-            ("--preset paper --n_layer 2", dict(n_layer=2)), ("--model mamba --deg 10", dict(batch_size=256))):
+            ("--n_layer 2 --preset paper", dict(n_layer=2)), ("--deg 9 --model mamba", dict(batch_size=256))):
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain", "--plain --ahead 1",
                  "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
