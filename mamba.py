@@ -66,8 +66,8 @@ def selective_scan_ref(u, delta, A, B, C, D):
 CHUNK = 8
 
 def exp2(x):
-    """torch.exp2 for x <= 0, within 2e-7. The scan spends most of its time in it, so compiled for a CPU in
-    fp32 it is a faster one: 2^x = 2^(i + f), integer i in a float's exponent and a polynomial for 2^f."""
+    """torch.exp2 for finite x <= 0, to a relative 2e-7. Most of the scan's time is spent here, so compiled
+    for a CPU in fp32 it is a faster one: 2^x = 2^(i + f), i in a float's exponent, a polynomial for 2^f."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.exp2(x)
     i = x.round()
@@ -82,9 +82,9 @@ def exp2(x):
 def states(x, delta, A, B, h):
     """From the state h before a chunk -> its T + 1 states, h first, and its T decays, as lists."""
     h, a = [h], []
-    A = A * math.log2(math.e)  # exp(delta A) = exp2(delta A'); a GPU, too, has an instruction for exp2 only
+    log2_a = A * math.log2(math.e)  # of a step size of 1: exp(delta A) = 2^(delta log2_a), the faster one
     for t in range(x.shape[1]):
-        a.append(exp2(delta[:, t] * A))
+        a.append(exp2(delta[:, t] * log2_a))
         h.append(a[t] * h[t] + x[:, t] * B[:, t])
     return h, a
 
@@ -95,8 +95,8 @@ def chunk_forward(x, delta, A, B, C, h):
     return torch.stack(y, dim=1), h[-1]
 
 def chunk_backward_n(x, delta, A, B, C, h, dy, dh):
-    """The sums over n. (A kernel keeps sums in registers along one axis only: those over d are another one.)
-    dh: what all that is later adds to the gradient of the chunk's last state, a_{t+1} g_{t+1} at its last t
+    """The sums over n. (One kernel keeps sums in registers along one axis only; those over d have another.)
+    dh: what later chunks add to the gradient of the chunk's last state, a_{t+1} g_{t+1} at its last t
     -> dx, ddelta, dA (b, d, n), not yet summed over b, and dh for the chunk before."""
     h, a = states(x, delta, A, B, h)
     dx, ddelta, dA = [], [], 0
