@@ -856,22 +856,22 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in (
-            ("--deg 10", dict(n_layer=8, batch_size=64)), ("--deg 9 --model mamba", dict(batch_size=256)),
-            ("--plain --teacherless", dict(optimizer="muon", ahead=0)), ("--deg 20", dict(batch_size=256)),
+            ("--deg 10", dict(n_layer=8, batch_size=64)), ("--deg 9 --model mamba", dict(batch_size=256, lr=0.01)),
+            ("--teacherless --ahead 0 --no-deep", dict(optimizer="muon")), ("--deg 20", dict(batch_size=256)),
             ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, d_state=64, ahead=1, deep=False)),
             ("--model mamba --teacherless --deg 3", dict(deep=True)), ("--path_len 20", dict(n_layer=23)),
-            ("--preset paper --teacherless --n_layer 2", dict(deep=False, n_layer=2, n_embd=384, average=0)),
-            ("--ahead 0 --no-deep --teacherless", dict(optimizer="muon")), ("--model mamba", dict(lr=0.01))):
+            ("--preset paper --teacherless --n_layer 2", dict(deep=False, n_layer=2, n_embd=384, average=0))):
         assert settle(line).items() >= want.items(), line
-    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain", "--plain --ahead 1",
+    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain",
                  "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
                  "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
         with pytest.raises(UserError, match=line.split()[0]):
             settle(line)
     name = lambda line: train.default_folder(flags(line), settle(line))
     lines = ["", "--model mamba", "--reverse", "--teacherless", "--teacherless --plain", "--deg 3",
-             "--teacherless --ahead 0 --no-deep", "--path_len 4", "--num_nodes 60", "--lr 0.1", "--seed 1"]
+             "--teacherless --no-deep", "--path_len 4", "--num_nodes 60", "--lr 0.1", "--seed 1"]
     assert len(set(map(name, lines))) == len(lines) and name("").parent == Path("out")
+    assert name("--teacherless --plain") == name("--teacherless --ahead 0 --no-deep")
     assert name("") == name("--max_steps 5 --device cpu --stop_at 0.5 --no-compile --eval_every 9")
 
 def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():

@@ -150,7 +150,7 @@ def settle(given):
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = {*"model teacherless reverse ahead deep deg path_len num_nodes seed resume".split(), *FREE}
+    said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
     extra = sorted(name for name in given if name not in said or name in ("train_file", "test_file"))
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in extra)
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
