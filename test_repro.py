@@ -856,10 +856,10 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in (
-            ("--deg 10", dict(batch_size=64)), ("--deg 9 --model mamba", dict(batch_size=256, lr=0.01)),
+            ("--deg 10", dict(n_layer=8, batch_size=64, lr=3e-3)), ("--path_len 20", dict(n_layer=23)),
             ("--teacherless --ahead 0 --no-deep", dict(optimizer="muon")), ("--deg 20", dict(batch_size=256)),
-            ("--model mamba --teacherless", dict(muon_lr=0.02, n_layer=6, d_state=64, ahead=1, deep=False)),
-            ("--model mamba --teacherless --deg 3", dict(deep=True)), ("--path_len 20", dict(n_layer=23, lr=3e-3)),
+            ("--model mamba --teacherless", dict(lr=0.02, ahead=1, deep=0)), ("--model mamba", dict(lr=0.01)),
+            ("--model mamba --teacherless --deg 9", dict(deep=True, batch_size=256, n_layer=6, d_state=64)),
             ("--preset paper --teacherless --n_layer 2", dict(deep=False, n_layer=2, n_embd=384, average=0))):
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain",
