@@ -83,8 +83,7 @@ def new_run(**given):
 
 def command(**given):
     """Settings -> the command line that asks for them."""
-    switch = {True: "--{}", False: "--no-{}"}
-    return [switch[x].format(name) if isinstance(x, bool) else f"--{name}={x}"
+    return [f"--{'' if x else 'no-'}{name}" if isinstance(x, bool) else f"--{name}={x}"
             for name, x in tiny(**given).items() if x is not False or name in ("compile", "deep")]
 
 def trained(folder, **given):
@@ -851,18 +850,19 @@ def test_a_compiler_that_fails_late_costs_no_step(tmp_path, monkeypatch, capfd, 
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 def test_settings_are_the_presets_unless_a_flag_is_given():
-    """The presets' rules; what has no effect is refused; and a run's folder is named after all that changes
-    its result, but not after how long and where it runs."""
+    """The presets' rules; what has no effect is refused; a folder is named after what changes a result."""
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
-    for line, want in (
-            ("--deg 10", dict(n_layer=8, batch_size=64, lr=3e-3)), ("--path_len 20", dict(n_layer=23)),
-            ("--teacherless --ahead 0 --no-deep", dict(optimizer="muon")), ("--deg 20", dict(batch_size=256)),
-            ("--model mamba --teacherless", dict(lr=0.02, ahead=1, deep=0)), ("--model mamba", dict(lr=0.01)),
-            ("--model mamba --teacherless --deg 9", dict(deep=True, batch_size=256, n_layer=6, d_state=64)),
-            ("--preset paper --teacherless --n_layer 2", dict(deep=False, n_layer=2, n_embd=384, average=0))):
+    for line, want in {
+        "": dict(n_layer=8, n_embd=64, batch_size=64, lr=3e-3), "--path_len 20": dict(n_layer=23, n_embd=64),
+        **{f"--teacherless {x}": dict(optimizer="muon") for x in ("--plain", "--ahead 0 --no-deep")},
+        "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
+        "--model mamba --teacherless --deg 3": dict(n_layer=6, d_state=64, deep=True),
+        "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
+        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--deg 20": dict(batch_size=256),
+        "--model mamba --deg 9": dict(lr=0.01, batch_size=256), "--deg 10": dict(batch_size=64)}.items():
         assert settle(line).items() >= want.items(), line
-    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain",
+    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain", "--plain --ahead 1",
                  "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
                  "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
         with pytest.raises(UserError, match=line.split()[0]):
