@@ -37,10 +37,10 @@ def preset(s):
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
                     decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     mamba, long, edges = s["model"] == "mamba", s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
-    deep = s["teacherless"] and not s["plain"] and not (mamba and edges < 10)  # quicker so on few edges
-    cure = s["teacherless"] and bool(s.get("ahead", not s["plain"]) or s.get("deep", deep))
+    deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
+    cure = s["teacherless"] and bool(s.get("ahead", 1) or s.get("deep", deep))
     return dict(
-        ahead=float(cure), deep=deep,  # the two additions that make teacherless training work
+        ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
         n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
@@ -138,14 +138,14 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | preset(DEFAULTS | given) | given
+    s = DEFAULTS | (dict(ahead=0.0, deep=False) if "plain" in given else {}) | given
+    s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
     useless = dict(n_head=mamba, short_conv=mamba, d_state=not mamba, a_scale=not mamba, muon_lr=adamw,
                    n_train=s["train_file"], n_test=s["test_file"],
                    plain=not s["teacherless"] or s["ahead"] or s["deep"])
-    for name in given:
-        if useless.get(name):
-            raise UserError(f"--{name} {given[name]}: has no effect beside the other flags; leave it out")
+    for name in filter(useless.get, given):
+        raise UserError(f"--{name} {given[name]}: has no effect beside the other flags; leave it out")
     return s
 
 def default_folder(given, s):
