@@ -784,8 +784,7 @@ def interrupt(monkeypatch, folder, step, act=lambda run: signal.raise_signal(sig
         trained(folder, **given)
     return stop.value.code
 
-@pytest.mark.parametrize("given", [
-    dict(model="gpt", optimizer="adamw", max_steps=20),
+@pytest.mark.parametrize("given", [dict(model="gpt", optimizer="adamw", max_steps=20),
     dict(model="mamba", teacherless=True, n_train=0, ahead=1.0, deep=True)], ids=["gpt", "mamba"])
 def test_resume_is_exact(tmp_path, monkeypatch, given):
     """Stopped in mid-interval and resumed, a run ends with the same bits: weights, optimisers, log."""
@@ -854,16 +853,17 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in {
-        "": dict(n_layer=8, n_embd=64, batch_size=64, lr=3e-3), "--path_len 20": dict(n_layer=23, n_embd=64),
-        **{f"--teacherless {x}": dict(optimizer="muon") for x in ("--plain", "--ahead 0 --no-deep")},
+        **{f"--{x} --deg 10": dict(batch_size=64, optimizer="adamw") for x in ("reverse", "teacherless")},
+        **dict.fromkeys(("--deg 10", "--teacherless --plain", "--teacherless --ahead 0 --no-deep",
+            "--teacherless --path_len 20"), dict(optimizer="muon", lr=3e-3, muon_lr=0.01, n_embd=64)),
         "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
-        "--model mamba --teacherless --deg 3": dict(n_layer=6, d_state=64, deep=True),
+        "--model mamba --teacherless --deg 8": dict(d_state=64, deep=True, batch_size=256),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
-        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--deg 20": dict(batch_size=256),
-        "--model mamba --deg 9": dict(lr=0.01, batch_size=256), "--deg 10": dict(batch_size=64)}.items():
+        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--deg 16": dict(batch_size=256),
+        "--path_len 11": dict(n_layer=14, batch_size=256), "--model mamba --deg 9": dict(lr=0.01)}.items():
         assert settle(line).items() >= want.items(), line
-    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1", "--plain", "--plain --ahead 1",
-                 "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
+    for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1 --reverse", "--plain",
+                 "--plain --ahead 1", "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
                  "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
         with pytest.raises(UserError, match=line.split()[0]):
             settle(line)
