@@ -47,7 +47,7 @@ def preset(s):
         d_state=64,                    # a Mamba looks nodes up among the edges by these numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if long or edges > (30 if mamba else 60) else 64,  # 64 found fewer hops there
-        optimizer="adamw" if (cure or s["reverse"]) and not (mamba or long) else "muon",  # the sooner one
+        optimizer="adamw" if (cure or s["reverse"]) and not (mamba or long) else "muon",  # what learnt sooner
         # A GPT's rates are constant: at 5e-3 and falling it missed hops of G(10,5). A Mamba ends sooner with
         # rates that fall; without the cure it diverged at 0.02 on large graphs.
         lr=(0.02 if cure else 0.01) if mamba else 3e-3, muon_lr=0.02 if mamba and cure else 0.01,
