@@ -857,10 +857,10 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
         **dict.fromkeys(("--deg 10", "--teacherless --plain", "--teacherless --ahead 0 --no-deep",
             "--teacherless --path_len 20"), dict(optimizer="muon", lr=3e-3, muon_lr=0.01, n_embd=64)),
         "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
-        "--model mamba --teacherless --deg 8": dict(d_state=64, deep=True, batch_size=256),
+        "--model mamba --teacherless --deg 3": dict(d_state=64, deep=True), "--model mamba": dict(lr=0.01),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
-        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--deg 16": dict(batch_size=256),
-        "--path_len 11": dict(n_layer=14, batch_size=256), "--model mamba --deg 9": dict(lr=0.01)}.items():
+        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
+        **{x: dict(batch_size=256) for x in ("--path_len 11", "--deg 16", "--model mamba --deg 8")}}.items():
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--d_state 4", "--muon_lr 0.1 --reverse", "--plain",
                  "--plain --ahead 1", "--plain --teacherless --deep", "--plain --teacherless --ahead 1",

@@ -138,7 +138,7 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | (dict(ahead=0.0, deep=False) if "plain" in given else {}) | given
+    s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # its two flags
     s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
     useless = dict(n_head=mamba, short_conv=mamba, d_state=not mamba, a_scale=not mamba, muon_lr=adamw,
