@@ -5,7 +5,7 @@ the start and the goal (the last node of one arm), a model must write the path, 
 "The pitfalls of next-token prediction", ICML 2024, section 4).
 
     python data.py                             # a graph, its text, its tokens, what a model is fed
-    python data.py --write test.txt --n 20000  # official text, for --test_file of train.py and eval.py
+    python data.py --write test.txt --seed 1   # 20,000 graphs as official text; another seed: other graphs
 """
 import contextlib
 import math
@@ -173,7 +173,7 @@ def draw(task, n, taken, *key, piece=10_000):
         graphs = without(task.sample(piece, random_stream(*key, len(pieces))), taken)
         pieces.append([x.to(dtype) for x in graphs])
         missing -= len(graphs.prefix)
-        if len(pieces) == 10 and missing == n:
+        if missing == n and len(pieces) * piece >= 100_000:
             raise UserError(f"num_nodes {task.num_nodes}: the test graphs are all there are; take more nodes")
     return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 

@@ -189,10 +189,10 @@ def measure(folder, s, checkpoint, task, model, graphs):
     record = dict.fromkeys("command commit torch python device device_name threads date resumed_at".split())
     return dict(
         run=str(folder), task=str(task), model=s["model"], objective=name, seed=s["seed"], **result,
-        **record | s.get("record", {}), minutes=round(checkpoint["seconds"] / 60, 2),
-        steps=checkpoint["step"], samples=checkpoint["step"] * s["batch_size"], note=None, table=False,
-        solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name),
-        first_node=result["token_accuracy"][-2 if task.reverse else 1], chance=1 / task.deg)
+        **record | s.get("record", {}), settings={key: s[key] for key in s if key != "record"},
+        minutes=round(checkpoint["seconds"] / 60, 2), steps=checkpoint["step"],
+        samples=checkpoint["step"] * s["batch_size"], note=None, table=False, chance=1 / task.deg,
+        solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name))
 
 def report(row):
     """A row as a line of text."""

@@ -16,7 +16,8 @@ much, where and from where depends on the token. That is the selective scan (alg
     B, C     B, C     (b, l, n)    where in the state the token is written, and what is read
     D        D        (d,)         skip: how much of the input goes straight to the output
 
-Parameter names are those of the reference implementation (state-spaces/mamba), so weights move 1:1.
+Parameter names are those of the reference implementation (state-spaces/mamba), but for its lm_head.weight,
+which is the embedding.
 """
 import math
 import os

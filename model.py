@@ -219,8 +219,8 @@ def compiler_failed(error):
     lines = str(error).strip().splitlines() or [""]
     reason = next((line for line in lines if "error: " in line), lines[0])
     with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(f"torch.compile failed ({type(error).__name__}: {reason}): running uncompiled, which is slower",
-              file=sys.stderr, flush=True)
+        print(f"failed under torch.compile ({type(error).__name__}: {reason}): trying uncompiled, which is "
+              "slower", file=sys.stderr, flush=True)
 
 def or_uncompiled(function, *args):
     """Call a function, and where it is the compiler that fails once more without one."""

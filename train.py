@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from pathlib import Path
@@ -36,24 +35,27 @@ def preset(s):
         return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
                     decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
-    mamba, long, edges = s["model"] == "mamba", s["path_len"] > 10, s["deg"] * (s["path_len"] - 1)
+    path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     cure = s["teacherless"] and bool(s.get("ahead", 1) or s.get("deep", deep))
-    return dict(
+    standard = not (s["teacherless"] or s["reverse"] or s.get("ahead"))
+    both = dict(
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
-        n_layer=s["path_len"] + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
+        n_layer=path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
         d_state=64,                    # a Mamba looks nodes up among the edges by these numbers
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if long or edges > (30 if mamba else 60) else 64,  # 64 found fewer hops there
-        optimizer="adamw" if (cure or s["reverse"]) and not (mamba or long) else "muon",  # what learnt sooner
-        # A GPT's rates are constant: at 5e-3 and falling it missed hops of G(10,5). A Mamba ends sooner with
-        # rates that fall; without the cure it diverged at 0.02 on large graphs.
-        lr=(0.02 if cure else 0.01) if mamba else 3e-3, muon_lr=0.02 if mamba and cure else 0.01,
-        warmup=(250 if edges < 10 else 500) if mamba else 100, decay=0.5 if mamba else 0.0,
-        average=0.995 if mamba else 0.99,  # over the last 200 or 100 steps or so
-        weight_decay=0.0, n_head=4, max_steps=10_000)  # each graph 3 times, 13 in batches of 256
+        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # 64 found fewer hops
+        max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
+    if mamba:  # it ends sooner with rates that fall; without the cure 0.02 diverged on large graphs
+        rate = 0.02 if cure else 0.01
+        return both | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
+                           decay=0.5, average=0.995)  # of the last 200 steps or so
+    # constant rates: at 5e-3 and falling it missed hops of G(10,5)
+    adamw = (cure or s["reverse"]) and path_len <= 10  # whichever learnt the objective sooner
+    return both | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
+                       decay=0.0, average=0.99)  # of the last 100 steps or so
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -151,8 +153,8 @@ def settle(given):
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
     said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    extra = sorted(name for name in given if name not in said or name in ("train_file", "test_file"))
-    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in extra)
+    said -= {"train_file", "test_file", *["ahead"] * (s["ahead"] not in (0, 1))}
+    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said))
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")
 
@@ -218,7 +220,8 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.step += 1
 
     def evaluate(self, graphs, name):
-        """Measure the average -> a line of the log (dict)."""
+        """Measure the average -> a line of the log (dict): loss is that of training since the last one
+        (deep: the layers' mean), without the look-ahead's; unseen_loss that of these graphs."""
         with precision(self.settings["dtype"], self.device):
             result = evaluate(self.average, self.task, graphs, self.settings["teacherless"])
         return dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.recent_loss,
@@ -311,47 +314,38 @@ def save(run, folder, *last_line):
         with whole_file(folder / name) as file:
             file.write(content)
 
-@contextlib.contextmanager
-def ticking(text):
-    """On a terminal show text() anew every second, also while a step compiles for a minute."""
-    def tick():
-        while sys.stdout and sys.stdout.isatty() and not over.wait(1):
-            tell(text(), live=True)
-    over, thread = threading.Event(), threading.Thread(target=tick)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
 def train(run, folder, signals):
     """Train until solved or to the last step -> the result on the test set; None if a signal stops it."""
     s, begin = run.settings, time.perf_counter() - run.seconds
-    clock = lambda: time.perf_counter() - begin
-    text = lambda: f"step {run.step:6,} | loss {run.recent_loss or '-':.4} | {clock() / 60:.2f} min"
-    with ticking(text):
-        while True:
-            run.seconds, stop = clock(), bool(signals)
-            end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
-            due = end and run.step > (run.log[-1]["step"] if run.log else 0)
-            first = run.step == 1  # it compiles and takes the memory; only then there is a run to be kept
-            if due or stop or first or run.step % 50 == 0:
-                run.check()
-            if due:
-                run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
-                run.loss_sum.zero_()
-            if due or stop or first:
-                save(run, folder)
-            if due:
-                x, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
-                tell(f"{text()}, at most {left:.1f} left | {x['samples'] / run.seconds:.0f} graphs/s | exact "
-                     f"{percent(x['accuracy'])} %, tokens {' '.join(map(percent, x['token_accuracy']))}")
-            elif run.step % 50 == 0:
-                tell(text(), live=True)
-            if stop or run.finished():
-                return None if stop else or_uncompiled(run.evaluate, run.test, "test")  # read only here
-            or_uncompiled(run.train_step)
+    while True:
+        # what is due at this step; nothing is kept before the first one, which compiles and takes the memory
+        run.seconds, stop, first = time.perf_counter() - begin, bool(signals), run.step == 1
+        end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
+        due = end and run.step > (run.log[-1]["step"] if run.log else 0)
+        look = run.step % 50 == 0
+
+        # measure and save, only if all is finite
+        if due or stop or first or look:
+            run.check()
+        if due:
+            run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
+            run.loss_sum.zero_()
+        if due or stop or first:
+            save(run, folder)
+
+        # tell how it goes
+        text = f"step {run.step:6,} | loss {run.recent_loss or '-':.4} | {run.seconds / 60:.2f} min"
+        if due:
+            x, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
+            tell(f"{text}, at most {left:.1f} left | {x['samples'] / run.seconds:.0f} graphs/s | exact "
+                 f"{percent(x['accuracy'])} %, tokens {' '.join(map(percent, x['token_accuracy']))}")
+        elif look:
+            tell(text, live=True)
+
+        # the test graphs are read here only
+        if stop or run.finished():
+            return None if stop else or_uncompiled(run.evaluate, run.test, "test")
+        or_uncompiled(run.train_step)
 
 def main(argv=None):
     parser, given = parse(argv)
@@ -386,7 +380,7 @@ def main(argv=None):
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except OSError as error:
-        parser.error(f"--out_dir {folder}: {error}; the files there are whole")
+        parser.error(f"--out_dir {folder}: {error}" + "; the files there are whole" * folder.exists())
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder} keeps what was saved before\n")
     except (MemoryError, RuntimeError) as error:
