@@ -163,20 +163,24 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.settings = s = settings
         self.device = pick_device(s["device"])
         set_compile(s["compile"])
+
         # the weights are drawn on the CPU, so that a seed means the same on every device
         torch.manual_seed(s["seed"])
         self.task, model = build(s)
-        width, distances = s["n_embd"], self.task.target_len - 1
+        width, distances = s["n_embd"], self.task.target_len - 1  # the look-ahead's maps, if any
         maps = torch.nn.Linear(width, distances * width, bias=False) if s["ahead"] else torch.nn.Identity()
         self.average = copy.deepcopy(model).requires_grad_(False).to(self.device)
         self.model, self.maps = model.to(self.device), maps.to(self.device)
         for block in [*self.model.layers(), *self.average.layers()]:
             block.compile(dynamic=False)
+
+        # what one iteration changes; on a GPU it is recorded at its fourth call, and replayed from then on
         self.optimizers = configure_optimizers(torch.nn.ModuleList([self.model, self.maps]), s["optimizer"],
                                                s["lr"], s["muon_lr"], s["weight_decay"])
         self.step, self.seconds, self.log, self.recent_loss = 0, 0.0, [], 0.0
         self.count, self.loss_sum = torch.zeros(2, device=self.device).unbind()  # steps; since an evaluation
         self.call = Recorded(self.iterate) if s["cuda_graph"] and self.device.type == "cuda" else self.iterate
+
         # the training graphs are neither those that decide when to stop nor those that tell what was learnt
         test, graphs = (load_file(s, flag, self.task) for flag in ("test_file", "train_file"))
         self.validation, self.test = held_out(self.task, s["n_test"], test)
