@@ -96,7 +96,7 @@ class PathStar:
         target = torch.tensor(path[::-1] if self.reverse else path)
         if len(numbers) != 2 * E + 2 + self.path_len or self.decode(prefix, target) != text:
             raise ValueError(f"not u,v|...|u,v/start,goal=path with {E} edges and {self.path_len} nodes")
-        # grow each arm by a node, path_len - 2 times (-1: it has ended before)
+        # go round the arms path_len - 2 times, a node more for each (-1: it has ended before)
         following, arms = dict(edges), [[v] for u, v in edges if u == ends[0]]
         for arm in arms * (self.path_len - 2):
             arm.append(following.get(arm[-1], -1))
@@ -155,7 +155,7 @@ def random_stream(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def identities(graphs):
-    """A bytes value a graph, the same for the same edges in any order: their codes, sorted."""
+    """One bytes value per graph, the same for the same edges in any order: their codes, sorted."""
     edges = (graphs.prefix[:, :-3:3].long() << 32) + graphs.prefix[:, 1:-3:3]  # (n, E)
     return edges.sort(1).values.numpy().view(f"V{8 * edges.shape[1]}")[:, 0].tolist()
 
@@ -173,7 +173,7 @@ def draw(task, n, taken, *key, piece=10_000):
         graphs = without(task.sample(piece, random_stream(*key, len(pieces))), taken)
         pieces.append([x.to(dtype) for x in graphs])
         missing -= len(graphs.prefix)
-        if missing == n and len(pieces) * piece >= 100_000:
+        if missing == n and len(pieces) * piece >= 100_000:  # none in so many draws
             raise UserError(f"num_nodes {task.num_nodes}: the test graphs are all there are; take more nodes")
     return Graphs(*(torch.cat(column)[:n] for column in zip(*pieces)))
 
@@ -253,7 +253,7 @@ def tell(text, live=False):
 
 def run_script(main):
     """Run a script's main function; Ctrl-C and a reader that has gone (`| head`) end it quietly."""
-    sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # a name that it lacks ends no run
+    sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # else a name could end a run
     for kind in (signal.SIGTERM, signal.SIGHUP):  # unless ignored: so that no half-written file stays
         signal.getsignal(kind) or signal.signal(kind, lambda kind, _: sys.exit(128 + kind))
     try:
@@ -261,15 +261,15 @@ def run_script(main):
         print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # of what was printed: a script turns those of its files into its own words
+    except OSError as error:  # of stdout: a script's main reports those of its files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more
         sys.exit(None if isinstance(error, BrokenPipeError) else f"cannot print: {error.strerror}")
 
-def median_ms(*functions, repeats=15):
-    """Median times of a call of each function in milliseconds, after one call to warm up."""
+def median_ms(function, repeats=15):
+    """Median time of a call in milliseconds, after one call to warm up."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = [timeit.repeat(lambda: (f(), wait()), number=1, repeat=repeats + 1)[1:] for f in functions]
-    return (1e3 * np.median(times, 1)).tolist()
+    times = timeit.repeat(lambda: (function(), wait()), number=1, repeat=repeats + 1)
+    return 1e3 * float(np.median(times[1:]))
 
 def main():
     parser = Parser(__doc__)
@@ -286,7 +286,7 @@ def main():
             return tell(f"{args.write}: {args.n:,} graphs, {task}")
     except UserError as error:
         parser.error(f"--{error}")
-    except (OSError, MemoryError, RuntimeError) as error:  # the last two of the allocator
+    except (OSError, MemoryError, RuntimeError) as error:  # the last two: out of memory
         parser.error(f"--write {args.write}: {getattr(error, 'strerror', f'no memory for {args.n} graphs')}")
     prefix, target, arms = (x[0] for x in graphs)
     print(f"{task}; the first arm leads to the goal", *arms.tolist(), sep=f"\n    {prefix[-3]} -> ")

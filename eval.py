@@ -84,8 +84,8 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # What may change when a run is resumed, and the least it may be; all settings; those of older runs.
 FREE = dict(max_steps=1, stop_at=0.0, eval_every=1, device="", compile=False, cuda_graph=False, out_dir="",
             train_file="", test_file="")
-NEEDED = {*FREE, *"""model teacherless reverse deg path_len num_nodes n_train n_test seed dtype n_layer n_embd
-    n_head short_conv d_state batch_size optimizer lr muon_lr warmup weight_decay""".split()}
+NEEDED = {*FREE, *"""preset model teacherless reverse deg path_len num_nodes n_train n_test seed dtype n_layer
+    n_embd n_head short_conv d_state batch_size optimizer lr muon_lr warmup weight_decay""".split()}
 AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, decay=0.0, average=0.0, a_scale=1.0, cuda_graph=False)
 
 def pick_device(name):
@@ -301,7 +301,7 @@ def main(argv=None):
     flag("--layers", **yes, help="print what the head reads behind each layer: accuracy of each token")
     flag("--test_file", type=some_path, metavar="FILE", help="evaluate on this file of official text")
     flag("--n_test", type=number(int, 1, 10**8), metavar="N", help="evaluate on the first N test graphs")
-    flag("--json", **yes, help="print a JSON object a run instead of the table")
+    flag("--json", **yes, help="print the rows as JSON objects")
     flag("--plot", type=some_path, metavar="FILE.png", help="draw accuracy against graphs seen")
     flag("--bars", type=some_path, metavar="FILE.png", help="draw the exact match beside the paper's")
     flag("--device", type=some_path, help="cuda, mps or cpu (default: the first one there)")

@@ -225,7 +225,7 @@ class Mixer(nn.Module):
             self.out_proj.weight /= math.sqrt(config.n_layer)  # one residual branch a layer
 
     def scan_inputs(self, u):
-        """What u (..., d) makes of itself: delta (..., d), A (d, n), B and C (..., n)."""
+        """From u (..., d), behind the convolution -> delta (..., d), A (d, n), B and C (..., n)."""
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(u).split([self.dt_rank, n, n], dim=-1)
         delta = F.softplus(at_least_fp32(self.dt_proj(dt)))
@@ -298,12 +298,12 @@ def forward_and_gradients(function, arguments):
 def device_ms(function):
     """Median time of a call. On a GPU as ten calls in a CUDA graph, without Python, which takes longer."""
     if not torch.cuda.is_available():
-        return median_ms(function)[0]
+        return median_ms(function)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(10):
             function()
-    return median_ms(graph.replay)[0] / 10
+    return median_ms(graph.replay) / 10
 
 def main():
     Parser(__doc__).parse_args()
@@ -322,7 +322,7 @@ def main():
         arguments = [v.requires_grad_() for v in (u, F.softplus(delta - 3), -A.exp(), B, C, D)]
         loop, scan = (partial(forward_and_gradients, f, arguments) for f in (selective_scan_ref, block_scan))
         difference = max((v - w).abs().max() / w.abs().max() for v, w in zip(scan(), loop()))
-        loop_ms, scan_ms = median_ms(loop, repeats=3)[0], device_ms(scan)
+        loop_ms, scan_ms = median_ms(loop, repeats=3), device_ms(scan)
         # what must move: forward x, delta, B, C and y; backward the first four, dy, and their gradients
         scan_bytes = 4 * (8 * b * l * d + 6 * b * l * n)
         print(f"{(b, l, d, n)!s:<20}{loop_ms:11.0f}{scan_ms:11.2f}{loop_ms / scan_ms:14.1f}"

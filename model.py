@@ -242,11 +242,11 @@ def time_step(model, task, batch_size):
         optimizer.step()
         optimizer.zero_grad()
 
-    times = median_ms(step)
+    times = [median_ms(step)]
     for block in model.layers():
         block.compile(dynamic=False)
     try:
-        times += median_ms(step)
+        times.append(median_ms(step))
     except Exception as error:  # what the compiler raises differs by back end
         compiler_failed(error)
     print(f"{task}, batch {batch_size}, {sum(p.numel() for p in model.parameters()):,} parameters: a step "

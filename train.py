@@ -30,7 +30,8 @@ from mamba import set_compile
 from model import configure_optimizers, or_uncompiled, out_of_memory, precision
 
 def preset(s):
-    """What no flag says, by the graph, the model and the objective in the settings s (dict)."""
+    """What no flag says, by the graph, the model and the objective in the settings s (dict). `ahead` and
+    `deep` are there only if a flag has set them."""
     if s["preset"] == "paper":  # GPT-Mini, AdamW at its rate (sections 5 and B), 500 epochs: for a GPU
         return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
                     a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
@@ -39,22 +40,22 @@ def preset(s):
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     cure = s["teacherless"] and bool(s.get("ahead", 1) or s.get("deep", deep))
     standard = not (s["teacherless"] or s["reverse"] or s.get("ahead"))
-    both = dict(
+    common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
         n_layer=path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64,                    # a Mamba looks nodes up among the edges by these numbers
+        d_state=64,                    # of a Mamba's channel: an edge is found by its code in the state
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # 64 found fewer hops
+        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # of 64 learnt fewer hops
         max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
-    if mamba:  # it ends sooner with rates that fall; without the cure 0.02 diverged on large graphs
+    if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
         rate = 0.02 if cure else 0.01
-        return both | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
+        return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
                            decay=0.5, average=0.995)  # of the last 200 steps or so
     # constant rates: at 5e-3 and falling it missed hops of G(10,5)
     adamw = (cure or s["reverse"]) and path_len <= 10  # whichever learnt the objective sooner
-    return both | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
+    return common | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
                        decay=0.0, average=0.99)  # of the last 100 steps or so
 
 # The loss: what all of this is about.
@@ -140,7 +141,7 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # its two flags
+    s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # what it stands for
     s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
     useless = dict(n_head=mamba, short_conv=mamba, d_state=not mamba, a_scale=not mamba, muon_lr=adamw,
@@ -153,7 +154,7 @@ def settle(given):
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
     said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    said -= {"train_file", "test_file", *["ahead"] * (s["ahead"] not in (0, 1))}
+    said -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said))
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")
@@ -178,7 +179,8 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.optimizers = configure_optimizers(torch.nn.ModuleList([self.model, self.maps]), s["optimizer"],
                                                s["lr"], s["muon_lr"], s["weight_decay"])
         self.step, self.seconds, self.log, self.recent_loss = 0, 0.0, [], 0.0
-        self.count, self.loss_sum = torch.zeros(2, device=self.device).unbind()  # steps; since an evaluation
+        self.count = torch.zeros((), device=self.device)     # steps, as a tensor
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
         self.call = Recorded(self.iterate) if s["cuda_graph"] and self.device.type == "cuda" else self.iterate
 
         # the training graphs are neither those that decide when to stop nor those that tell what was learnt
@@ -232,7 +234,7 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
                     seconds=round(self.seconds, 1), unseen_loss=result.pop("loss"), graphs=name, **result)
 
     def check(self):
-        """Look at the loss; raise FloatingPointError if it, or a weight, is not finite any more."""
+        """Set recent_loss, the mean since an evaluation; FloatingPointError: it or a weight is not finite."""
         if since := self.step - (self.log[-1]["step"] if self.log else 0):
             self.recent_loss = self.loss_sum.item() / since
         norms = torch._foreach_norm([self.loss_sum, *self.model.parameters()])
@@ -277,7 +279,7 @@ class Recorded:
             self.tensors, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.function(*self.tensors)
-            self.graph = graph  # if nothing failed
+            self.graph = graph  # recording has run nothing: the replay below is this call
         for place, x in zip(self.tensors, tensors):
             place.copy_(x)
         self.graph.replay()
@@ -322,7 +324,7 @@ def train(run, folder, signals):
     """Train until solved or to the last step -> the result on the test set; None if a signal stops it."""
     s, begin = run.settings, time.perf_counter() - run.seconds
     while True:
-        # what is due at this step; nothing is kept before the first one, which compiles and takes the memory
+        # what is due now; the first save comes after the step that compiles and takes the memory
         run.seconds, stop, first = time.perf_counter() - begin, bool(signals), run.step == 1
         end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
         due = end and run.step > (run.log[-1]["step"] if run.log else 0)
