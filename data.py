@@ -52,7 +52,7 @@ class PathStar:
     target_len = property(lambda self: self.path_len)
     seq_len = property(lambda self: self.prefix_len + self.target_len)
     vocab_size = property(lambda self: self.num_nodes + 4)
-    # node v is token v; behind the nodes come `|`, `=`, `/` and the dummy `$` of teacherless training
+    # node v is token v; then come `|`, `=`, `/` and the dummy `$` of teacherless training
     bar, equals, slash, dollar = (property(lambda self, i=i: self.num_nodes + i) for i in range(4))
 
     def sample(self, n, generator):
@@ -96,10 +96,10 @@ class PathStar:
         target = torch.tensor(path[::-1] if self.reverse else path)
         if len(numbers) != 2 * E + 2 + self.path_len or self.decode(prefix, target) != text:
             raise ValueError(f"not u,v|...|u,v/start,goal=path with {E} edges and {self.path_len} nodes")
-        # go round the arms path_len - 2 times, a node more for each (-1: it has ended before)
         following, arms = dict(edges), [[v] for u, v in edges if u == ends[0]]
-        for arm in arms * (self.path_len - 2):
-            arm.append(following.get(arm[-1], -1))
+        for _ in range(self.path_len - 2):  # every arm grows by a node (-1: it has ended before)
+            for arm in arms:
+                arm.append(following.get(arm[-1], -1))
         if len(arms) != self.deg or len({ends[0], -1}.union(*arms)) != 2 + E:  # each node once, no -1
             raise ValueError(f"the edges do not form {self.graph} around node {ends[0]}")
         arms.sort(key=lambda arm: arm[-1] != ends[1])  # the others stay as they appear

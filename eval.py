@@ -69,7 +69,7 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
     token_accuracy (list); in standard training, fed a wrong arm (section 4.3), also follows: shares of graphs
     with its second, ..., last node named; clever_hans: with all but the last (it may name the goal there)."""
     answer, loss = predict(model, task, graphs.prefix, graphs.target, teacherless, batch_size)
-    right = (answer == graphs.target).double()  # (n, l); a generated path is right exactly if all of it are
+    right = (answer == graphs.target).double()  # (n, l); a path written greedily is right if a whole row is
     result = dict(n_graphs=len(right), loss=loss.mean().item(),
                   accuracy=right.amin(1).mean().item(), token_accuracy=right.mean(0).tolist())
     if not teacherless and not task.reverse and task.deg > 1 and task.path_len > 3:
@@ -80,21 +80,22 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
     return result
 
 # -------------------------------------------------------------------------------------------------------
-# A run's folder read back: ckpt.pt, and config.json, the same settings for a person to read and to edit.
-# What may change when a run is resumed, and the least it may be; all settings; those of older runs.
-FREE = dict(max_steps=1, stop_at=0.0, eval_every=1, device="", compile=False, cuda_graph=False, out_dir="",
-            train_file="", test_file="")
-NEEDED = {*FREE, *"""preset model teacherless reverse deg path_len num_nodes n_train n_test seed dtype n_layer
-    n_embd n_head short_conv d_state batch_size optimizer lr muon_lr warmup weight_decay""".split()}
-AS_IT_WAS = dict(plain=False, ahead=0.0, deep=False, decay=0.0, average=0.0, a_scale=1.0, cuda_graph=False)
+# A run's folder read back. All of it stands in ckpt.pt; config.json and log.jsonl are for people to read.
+# The settings that may change when a run is resumed, and all that a checkpoint holds.
+FREE = {*"max_steps stop_at eval_every device compile cuda_graph out_dir train_file test_file".split()}
+NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep deg path_len num_nodes n_train n_test
+    seed dtype n_layer n_embd n_head short_conv d_state a_scale batch_size optimizer lr muon_lr warmup decay
+    weight_decay average record""".split()}
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
     there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
     with contextlib.suppress(RuntimeError, AssertionError):
         device = torch.empty(1, device=there[0] if name == "auto" else name).device
-        if device.type in there:  # with `cuda:1` also what names no device, as a CUDA graph, is to use it
-            return device.type == "cuda" and torch.cuda.set_device(device) or device
+        if device.type == "cuda":  # what names no device, as a CUDA graph, is to use this one too
+            torch.cuda.set_device(device)
+        if device.type in there:
+            return device
     raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
 
 def build(s):
@@ -116,22 +117,16 @@ def readable(file):
 
 def load_run(folder):
     """A run's settings and checkpoint (dicts)."""
-    config, ckpt = Path(folder, "config.json"), Path(folder, "ckpt.pt")
+    ckpt = Path(folder, "ckpt.pt")
     with readable(ckpt), zipfile.ZipFile(ckpt) as archive:
         # torch.load compares no checksums, and leaves the memory of what is marked as a folder as it was
         if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
             raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
-        settings = AS_IT_WAS | checkpoint["settings"]
+        settings = checkpoint["settings"]
+        # what is missing, or of another type, is to raise here
         [settings[name] for name in NEEDED], checkpoint["step"] + checkpoint["seconds"], [*checkpoint["log"]]
-    with readable(config):  # a start that was killed may have left none
-        said = {**(json.loads(config.read_text()) if config.exists() else {})}
-    for name, value in said.items():
-        own = settings.get(name, value)
-        fits = type(value) is type(own) or (type(value), type(own)) == (int, float)
-        if value != own and not (name in FREE and fits and value >= FREE[name]):
-            raise UserError(f"{config}: {name} is {value!r}, which does not fit {ckpt}")
-    return settings | {name: said[name] for name in FREE if name in said}, checkpoint
+    return settings, checkpoint
 
 def load_model(folder, device="cpu"):
     """settings, checkpoint, task and trained model of a run: the average of its weights, if it has one."""
@@ -186,10 +181,9 @@ def test_graphs(settings, task, test_file=None, n_test=None):
 def measure(folder, s, checkpoint, task, model, graphs):
     """Evaluate a run -> dict, its row (accuracies as fractions of 1)."""
     result, name = evaluate(model, task, graphs, s["teacherless"]), objective(s)
-    record = dict.fromkeys("command commit torch python device device_name threads date resumed_at".split())
     return dict(
         run=str(folder), task=str(task), model=s["model"], objective=name, seed=s["seed"], **result,
-        **record | s.get("record", {}), settings={key: s[key] for key in s if key != "record"},
+        **s["record"], settings={key: s[key] for key in s if key != "record"},
         minutes=round(checkpoint["seconds"] / 60, 2), steps=checkpoint["step"],
         samples=checkpoint["step"] * s["batch_size"], note=None, table=False, chance=1 / task.deg,
         solved=result["accuracy"] >= 0.99, paper=paper_accuracy(s["model"], str(task), name))
@@ -235,8 +229,9 @@ def read_layers(task, model, graphs, teacherless):
     """Accuracy of each token, as the head reads it behind each layer: where in the model it is found."""
     device, right = next(model.parameters()).device, 0
     for prefix, target in zip(*(x.long().to(device).split(125) for x in graphs[:2])):
-        x = model.features(inputs(task, prefix, target, teacherless), every=True)      # (n_layer, b, t, d)
-        right += (model.head(x[:, :, -task.target_len:]).argmax(-1) == target).sum(1)  # (n_layer, l)
+        fed = inputs(task, prefix, target, teacherless)
+        x = model.features(fed, every=True, last=task.target_len)  # (n_layer, b, l, d)
+        right += (model.head(x).argmax(-1) == target).sum(1)       # (n_layer, l)
     for layer, tokens in enumerate((right / len(graphs.target)).tolist(), 1):
         yield f"layer {layer:2}: tokens % {' '.join(map(percent, tokens))}"
 
@@ -247,6 +242,7 @@ def plot_curves(runs, file):
     for folder, s, log in runs:
         seen, exact = [line["samples"] for line in log], [100 * line["accuracy"] for line in log]
         if len(runs) > 1:
+            # matplotlib hides a label that begins with _, and reads what stands between $ as mathematics
             ax.plot(seen, exact, label="./" * (folder[0] == "_") + folder.replace("$", r"\$"))
             continue
         l = s["path_len"]
@@ -314,10 +310,10 @@ def main(argv=None):
     for run in args.runs:  # a bad one is named, and does not keep the others from the table
         try:
             if run in kept:
-                with readable(run):
+                with readable(run):  # as one array, so that an error names the line
                     found = json.loads("[%s]" % ",\n".join(Path(run).read_text().splitlines()))
                     found = [row for row in found if row["table"]] or found
-                    list(summary(found)), list(map(report, found))[0]  # raise where a row lacks something
+                    list(summary(found)), list(map(report, found))[0]  # raises where a row lacks something
                     rows += found
                 continue
             s, checkpoint, task, model = load_model(run, device := pick_device(args.device or "auto"))

@@ -565,34 +565,23 @@ class Bomb:
     __reduce__ = lambda self: (os.mkdir, ("mark",))
 
 def test_a_foreign_file_in_a_run_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, run):
-    """Also what was edited by hand into another type or run; what may be changed is taken in its type."""
+    """Also an older run's, without some of the settings of today."""
     monkeypatch.chdir(tmp_path)
-    whole, state = json.loads((run / "config.json").read_text()), checkpoint(run)
-    for content in ("", "{", "[]", "[1]", "1", "\xff"):
-        (run / "config.json").write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match="config.json: "):
-            evaluation.load_run(run)
-    for name, value in (("max_steps", "99"), ("max_steps", True), ("eval_every", 0), ("stop_at", None),
-                        ("compile", "no"), ("test_file", 3), ("train_file", "x"), ("deg", "2"), ("seed", 3)):
-        (run / "config.json").write_text(json.dumps(whole | {name: value}))
-        with pytest.raises(UserError, match=f"config.json: {name} is "):
-            evaluation.load_run(run)
-    (run / "config.json").write_text(json.dumps(whole | dict(max_steps=99, stop_at=1)))
-    assert evaluation.load_run(run)[0] == SETTINGS | dict(max_steps=99, stop_at=1)
+    state = checkpoint(run)
     for spoilt, zipped in ((dict(model=Bomb()), True), (dict(model=Bomb()), False), (dict(seconds="1"), True),
                            (dict(model={"a": torch.zeros(1)}), True), (dict(settings={"seed": 0}), True)):
         torch.save(state | spoilt, run / "ckpt.pt", _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match="ckpt.pt: cannot be read"):
             evaluation.load_model(run)
     assert not Path("mark").exists() and pickle.loads(pickle.dumps(Bomb())) is None and Path("mark").exists()
-    for name, value in (("model", "mamba"), ("path_len", 2), ("seed", 1)):
-        shutil.copy(fake_run(tmp_path / name, **{name: value}) / "ckpt.pt", run)
-        with pytest.raises(UserError, match=f"config.json: {name} is .*does not fit .*ckpt.pt"):
+    for name in SETTINGS.keys() - {"resume"}:
+        torch.save(state | dict(settings={k: v for k, v in SETTINGS.items() if k != name}), run / "ckpt.pt")
+        with pytest.raises(UserError, match=f"ckpt.pt: cannot be read.*{name}"):
             evaluation.load_run(run)
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_row_tells_the_run_and_its_record(tmp_path, call, reverse):
-    """--json, on the run's own test graphs; a run of earlier times, without some settings, is as it was."""
+    """--json, on the run's own test graphs."""
     run = fake_run(tmp_path / "run", reverse=reverse)
     row, (_, state, task, model) = json.loads(call("eval.py", run, "--json")[0]), evaluation.load_model(run)
     result = evaluation.evaluate(model, task, held_out(task, 60)[1], False)
@@ -600,11 +589,6 @@ def test_a_row_tells_the_run_and_its_record(tmp_path, call, reverse):
         run=str(run), task="G(2,4), N = 20", model="gpt", objective="reverse" if reverse else "standard",
         seed=0, steps=9, samples=72, minutes=1.5, solved=False, note=None, table=False, paper=None,
         chance=0.5, n_graphs=60, settings={k: v for k, v in state["settings"].items() if k != "record"})
-    settings = {k: v for k, v in row["settings"].items() if k not in evaluation.AS_IT_WAS}
-    torch.save(state | dict(settings=settings), run / "ckpt.pt")
-    (run / "config.json").write_text(json.dumps(dict(cooldown=4)))
-    assert evaluation.load_run(run)[0] == (old := settings | evaluation.AS_IT_WAS)
-    assert json.loads(call("eval.py", run, "--json")[0]) == row | dict.fromkeys(RECORD) | {"settings": old}
 
 def test_show_and_layers_see_the_test_graphs_that_are_asked_for(tmp_path, call):
     """All of the run's, the first n_test of them, or those of a file; --layers ends where the model does."""
@@ -929,6 +913,18 @@ def test_a_disk_that_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch, cal
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name for path in folder.iterdir()} == FILES
     assert evaluation.load_model(folder)[1]["step"] == 4
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_resumed_run_killed_between_its_files_goes_on(tmp_path, monkeypatch, name):
+    """What a file still says of the time before does no harm: a limit that the resume has raised stays so."""
+    folder = tmp_path / "run"
+    trained(folder, max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        killed = lambda path: sys.exit() if path.name == name else data.whole_file(path)
+        patch.setattr(train, "whole_file", killed)
+        train.main(["--resume", f"--out_dir={folder}", "--max_steps=8"])
+    train.main(["--resume", f"--out_dir={folder}"] + ["--max_steps=8"] * (name == "ckpt.pt"))
+    assert checkpoint(folder)["step"] == log(folder)[-1]["step"] == 8
 
 @pytest.mark.parametrize("flag", ["train_file", "test_file"])
 def test_a_file_of_graphs_is_known_by_its_content(tmp_path, monkeypatch, call, flag):

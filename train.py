@@ -5,7 +5,7 @@
     python train.py --teacherless --plain           # the paper's teacherless objective, nothing added
     python train.py --reverse --deg 5               # the path written goal first, on another graph
 
-A run is a folder: config.json (its settings), ckpt.pt and log.jsonl (an evaluation a line). Ctrl-C saves.
+A run is a folder: ckpt.pt is all of it; config.json (its settings) and log.jsonl are to read. Ctrl-C saves.
 """
 import contextlib
 import copy
@@ -45,18 +45,18 @@ def preset(s):
         n_layer=path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        d_state=64,                    # of a Mamba's channel: an edge is found by its code in the state
+        d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # of 64 learnt fewer hops
+        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # 64 found less
         max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
     if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
         rate = 0.02 if cure else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
-                           decay=0.5, average=0.995)  # of the last 200 steps or so
-    # constant rates: at 5e-3 and falling it missed hops of G(10,5)
+                             decay=0.5, average=0.995)  # of the last 200 steps or so
+    # constant rates: at 5e-3 and falling it missed look-ups of G(10,5)
     adamw = (cure or s["reverse"]) and path_len <= 10  # whichever learnt the objective sooner
     return common | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
-                       decay=0.0, average=0.99)  # of the last 100 steps or so
+                         decay=0.0, average=0.99)  # of the last 100 steps or so
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -132,7 +132,7 @@ def parse(argv=None):
     add("--stop_at", "exact match, twice in a row, at which to stop; 0: never", **real(0, 1))
     add("--seed", "seed of the weights and of the training graphs", **whole(0, 2**32 - 1))
     add("--device", "cuda, mps or cpu; auto: the first one there")
-    add("--dtype", "of the matrix products", choices=("float32", "bfloat16"))
+    add("--dtype", "of the matrix products; a GPU takes float32 as TF32", choices=("float32", "bfloat16"))
     add("--compile", "torch.compile the blocks and the scan", **yes_or_no)
     add("--cuda_graph", "on CUDA, record a step once and replay it", **yes_or_no)
     add("--out_dir", "the run's folder; else out/ and a name made from the settings", type=some_path)
@@ -153,9 +153,9 @@ def settle(given):
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    said = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    said -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
-    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - said))
+    named = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
+    named -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
+    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")
 
@@ -386,14 +386,14 @@ def main(argv=None):
     except UserError as error:
         parser.error(f"{'--' if str(error).split()[0] in settings else ''}{error}")
     except OSError as error:
-        parser.error(f"--out_dir {folder}: {error}" + "; the files there are whole" * folder.exists())
+        parser.error(f"--out_dir {folder}: {error}" + "; the files there are whole" * folder.is_dir())
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: stopped: {error}; {folder} keeps what was saved before\n")
     except (MemoryError, RuntimeError) as error:
         if not settings or not out_of_memory(error):
             raise
         sizes, usual = "n_train n_test batch_size n_embd n_layer num_nodes deg path_len d_state", settle({})
-        name = max(sizes.split(), key=lambda name: (name in given, settings[name] / usual[name]))
+        name = max(sizes.split(), key=lambda name: (settings[name] / usual[name], name in given))
         parser.error(f"--{name} {settings[name]}: takes more memory than there is; a smaller one works")
 
 if __name__ == "__main__":
