@@ -210,7 +210,7 @@ def summary(rows):
             exact, devices = [row["accuracy"] for row in seeds], sorted({row["device"] for row in seeds})
             took = [(x, statistics.median(r["minutes"] for r in seeds if r["device"] == x)) for x in devices]
             mean, low, high = (percent(f(exact)) if seeds else "-" for f in (statistics.fmean, min, max))
-            line += [mean + f" ({low} to {high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
+            line += [mean + f" ({low}-{high})" * (low != high), paper.removesuffix(".0"), str(len(seeds)),
                      ", ".join(f"{minutes:.1f} {device}" for device, minutes in took) or "-"]
         yield f"|{'|'.join(line)}|"
 

@@ -619,8 +619,8 @@ def test_kept_rows_give_the_readmes_table(tmp_path, call):
                      dict(objective=CURE, accuracy=0.99999), dict(objective=CURE, accuracy=1, device="cuda"),
                      dict(task="G(3,5), N = 50", model="mamba", objective="reverse", accuracy=1))
     assert call("eval.py", file)[2:] == [
-        "|G(2,5)|standard|50.3 (50.0 to 50.6)|50|2|6.0 cpu|29.0|49|1|0.4 cuda|",
-        f"|G(2,5)|{CURE}|99.9 (99.9 to 100.0)|-|2|3.0 cpu, 3.0 cuda|-|-|0|-|",
+        "|G(2,5)|standard|50.3 (50.0-50.6)|50|2|6.0 cpu|29.0|49|1|0.4 cuda|",
+        f"|G(2,5)|{CURE}|99.9 (99.9-100.0)|-|2|3.0 cpu, 3.0 cuda|-|-|0|-|",
         "|G(3,5)|reverse|-|-|0|-|100.0|-|1|3.0 cpu|"]
     root = Path(__file__).parent
     if not (root / "assets" / "runs.jsonl").exists():
