@@ -84,8 +84,8 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # The settings that may change when a run is resumed, and all that a checkpoint holds.
 FREE = {*"max_steps stop_at eval_every device compile cuda_graph out_dir train_file test_file".split()}
 NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep deg path_len num_nodes n_train n_test
-    seed dtype n_layer n_embd n_head short_conv d_state a_scale batch_size optimizer lr muon_lr warmup decay
-    weight_decay average record""".split()}
+    seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer lr muon_lr
+    warmup decay weight_decay average record""".split()}
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
@@ -102,7 +102,7 @@ def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
     task = PathStar(s["deg"], s["path_len"], s["num_nodes"], s["reverse"])
     if s["model"] == "gpt":
-        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"]
+        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"], s["mimetic"]
         return task, GPT(GPTConfig(task.vocab_size, task.seq_len - 1, *sizes))
     sizes = s["n_layer"], s["n_embd"], s["d_state"]
     return task, Mamba(MambaConfig(task.vocab_size, *sizes, a_scale=s["a_scale"]))

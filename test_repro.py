@@ -73,7 +73,7 @@ def compiling():
 
 def tiny(model="gpt", **given):
     """The flags of a run that takes a second; a file of graphs takes the place of a number of them."""
-    own = dict(n_head=4, short_conv=4) if model == "gpt" else dict(d_state=16, a_scale=1.0)
+    own = dict(n_head=4, short_conv=4, mimetic=True) if model == "gpt" else dict(d_state=16, a_scale=1.0)
     replaced = {f"n_{name[:-5]}" for name in given if name.endswith("_file")}
     return {k: v for k, v in (TINY | own | dict(model=model) | given).items() if k not in replaced}
 
@@ -83,7 +83,7 @@ def new_run(**given):
 def command(**given):
     """Settings -> the command line that asks for them."""
     return [f"--{'' if x else 'no-'}{name}" if isinstance(x, bool) else f"--{name}={x}"
-            for name, x in tiny(**given).items() if x is not False or name in ("compile", "deep")]
+            for name, x in tiny(**given).items() if x is not False or name in ("compile", "deep", "mimetic")]
 
 def trained(folder, **given):
     """Run train.py in this process -> its last checkpoint."""
@@ -330,6 +330,11 @@ def test_models_have_the_names_and_the_initialisation_of_their_references():
     for name, p in weights.items():
         std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
         assert abs(p.std() / std - 1) < 0.06 if p.ndim == 2 else (p == name.endswith("weight")).all(), name
+    torch.manual_seed(0)
+    mimetic = GPT(GPTConfig(54, block_size=40, n_layer=4, short_conv=0, mimetic=True)).state_dict()
+    assert all(torch.equal(p, weights[name]) for name, p in mimetic.items() if "c_attn.w" not in name)
+    for q, k, v in (mimetic[f"h.{i}.attn.c_attn.weight"].chunk(3) for i in range(4)):
+        assert torch.equal(q, k) and abs(8 * q.std() - 1) < 0.06 and abs(v.std() / 0.02 - 1) < 0.06
     model = Mamba(MambaConfig(vocab_size=54, n_layer=4, d_model=64, d_state=16))
     shapes = {k.replace("backbone.layers.0", "0"): tuple(p.shape) for k, p in model.state_dict().items()}
     assert {name: shape for name, shape in shapes.items() if ".layers." not in name} == {
@@ -837,9 +842,8 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in {
-        **{f"--{x} --deg 10": dict(batch_size=64, optimizer="adamw") for x in ("reverse", "teacherless")},
-        **dict.fromkeys(("--deg 10", "--teacherless --plain", "--teacherless --ahead 0 --no-deep",
-            "--teacherless --path_len 20"), dict(optimizer="muon", lr=3e-3, muon_lr=0.01, n_embd=64)),
+        **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--deg 10", "--teacherless --plain"),
+            dict(optimizer="adamw", lr=3e-3, decay=0.0, batch_size=64, n_embd=64, mimetic=True)),
         "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
         "--model mamba --teacherless --deg 3": dict(d_state=64, deep=True, max_steps=10_000),
         "--ahead 1": dict(max_steps=10_000), "--model mamba": dict(lr=0.01, max_steps=2000),

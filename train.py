@@ -33,9 +33,9 @@ def preset(s):
     """What no flag says, by the graph, the model and the objective in the settings s (dict). `ahead` and
     `deep` are there only if a flag has set them."""
     if s["preset"] == "paper":  # GPT-Mini, AdamW at its rate (sections 5 and B), 500 epochs: for a GPU
-        return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, d_state=16,
-                    a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
-                    decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
+        return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, mimetic=False,
+                    d_state=16, a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
+                    warmup=100, decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     cure = s["teacherless"] and bool(s.get("ahead", 1) or s.get("deep", deep))
@@ -45,6 +45,7 @@ def preset(s):
         n_layer=path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
+        mimetic=True,                  # and looks for where else a token stands
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # 64 found less
@@ -53,10 +54,8 @@ def preset(s):
         rate = 0.02 if cure else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
                              decay=0.5, average=0.995)  # of the last 200 steps or so
-    # constant rates: at 5e-3 and falling it missed look-ups of G(10,5)
-    adamw = (cure or s["reverse"]) and path_len <= 10  # whichever learnt the objective sooner
-    return common | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
-                         decay=0.0, average=0.99)  # of the last 100 steps or so
+    return common | dict(optimizer="adamw", lr=3e-3, muon_lr=0.01, warmup=100, decay=0.0,  # a constant rate
+                         average=0.99)  # of the last 100 steps or so
 
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
@@ -103,7 +102,7 @@ def parse(argv=None):
     add("--model", "the architecture", choices=("gpt", "mamba"))
     add("--teacherless", "feed `$` in place of the answer and predict all of it in one pass", **yes)
     add("--reverse", "write the path goal first", **yes)
-    add("--plain", "the paper's loss: --ahead 0 --no-deep; a GPT takes Muon, a Mamba half the rates", **yes)
+    add("--plain", "the paper's loss: --ahead 0 --no-deep; a Mamba takes half the rates", **yes)
     add("--ahead", "weight of the look-ahead; 1 in the cure, else 0", **real(0, 100))
     add("--deep", "take the losses behind every layer; in the cure, not a Mamba's on few edges", **yes_or_no)
     add("--deg", "arms of the graph, d", **whole(1, 10_000))
@@ -117,6 +116,7 @@ def parse(argv=None):
     add("--n_embd", "width of the residual stream", **whole(1, 10_000))
     add("--n_head", "attention heads (gpt)", **whole(1, 10_000))
     add("--short_conv", "taps of the causal convolution on q, k and v (gpt); 0: none", **whole(0, 100))
+    add("--mimetic", "queries and keys start equal (gpt)", **yes_or_no)
     add("--d_state", "states of a channel (mamba)", **whole(1, 10_000))
     add("--a_scale", "decay rates of the states at the start: -X, -2X, ... (mamba)", **real(1e-6, 1e6))
     add("--batch_size", "graphs a step", **whole(1, 10**6))
@@ -144,8 +144,8 @@ def settle(given):
     s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # what it stands for
     s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
-    useless = dict(n_head=mamba, short_conv=mamba, d_state=not mamba, a_scale=not mamba, muon_lr=adamw,
-                   n_train=s["train_file"], n_test=s["test_file"],
+    useless = dict(n_head=mamba, short_conv=mamba, mimetic=mamba, d_state=not mamba, a_scale=not mamba,
+                   muon_lr=adamw, n_train=s["train_file"], n_test=s["test_file"],
                    plain=not s["teacherless"] or s["ahead"] or s["deep"])
     for name in filter(useless.get, given):
         raise UserError(f"--{name} {given[name]}: has no effect beside the other flags; leave it out")
