@@ -54,6 +54,8 @@ def preset(s):
         rate = 0.02 if cure else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
                              decay=0.5, average=0.995)  # of the last 200 steps or so
+    if s["reverse"] and not s["teacherless"]:
+        common["n_layer"] = 3  # one look-up a token: deeper it was found later, or not at all
     return common | dict(optimizer="adamw", lr=3e-3, muon_lr=0.01, warmup=100, decay=0.0,  # a constant rate
                          average=0.99)  # of the last 100 steps or so
 
