@@ -40,22 +40,20 @@ def preset(s):
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     cure = s["teacherless"] and bool(s.get("ahead", 1) or s.get("deep", deep))
     standard = not (s["teacherless"] or s["reverse"] or s.get("ahead"))
+    shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
+    large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))
     common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
-        n_layer=path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one after the other
+        n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
-        short_conv=4,                  # so that a GPT, too, sees an edge as a whole from the first step on
-        mimetic=True,                  # and looks for where else a token stands
+        short_conv=4, mimetic=True,    # a GPT sees an edge as a whole, and its like, from the first step on
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if path_len > 10 or edges > (30 if mamba else 60) else 64,  # 64 found less
-        max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
+        batch_size=256 if large else 64, max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
     if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
         rate = 0.02 if cure else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
                              decay=0.5, average=0.995)  # of the last 200 steps or so
-    if s["reverse"] and not s["teacherless"]:
-        common["n_layer"] = 3  # one look-up a token: deeper it was found later, or not at all
     return common | dict(optimizer="adamw", lr=3e-3, muon_lr=0.01, warmup=100, decay=0.0,  # a constant rate
                          average=0.99)  # of the last 100 steps or so
 
