@@ -840,13 +840,13 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in {
-        **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--deg 10", "--teacherless --plain"),
+        "--deg 10": dict(optimizer="muon", muon_lr=0.01, n_layer=8), "--teacherless --reverse": dict(n_layer=8),
+        **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--teacherless --plain"),
             dict(optimizer="adamw", lr=3e-3, decay=0.0, batch_size=64, n_embd=64, mimetic=True)),
-        **{x: dict(n_layer=8) for x in ("--deg 5", "--teacherless --reverse")},
         "--reverse --deg 20": dict(n_layer=3, batch_size=64), "--model mamba --reverse": dict(n_layer=6),
         "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
         "--model mamba --teacherless --deg 3": dict(d_state=64, deep=True, max_steps=10_000),
-        "--ahead 1": dict(max_steps=10_000), "--model mamba": dict(lr=0.01, max_steps=2000),
+        "--ahead 1": dict(max_steps=10_000, optimizer="muon"), "--model mamba": dict(lr=0.01, max_steps=2000),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
         "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
         **{x: dict(batch_size=256) for x in ("--path_len 11", "--deg 16", "--model mamba --deg 8")}}.items():
