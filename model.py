@@ -101,10 +101,10 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
-    mimetic: bool = False  # queries and keys start equal
+    mimetic: bool = False  # queries and keys start as equal maps; GPT-2's and the paper's do not
 
 class GPT(LanguageModel):
-    """GPT-2 with the exact GELU and short_conv. Raises UserError if n_head does not divide n_embd."""
+    """GPT-2 with the exact GELU, short_conv and mimetic. Raises UserError if n_head does not divide n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 
@@ -124,8 +124,8 @@ class GPT(LanguageModel):
                 nn.init.normal_(p, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # A look-up asks where else a token stands. Equal queries and keys ask just that, so it need not be
-        # found by chance (mimetic initialisation, Trockman & Kolter 2023).
+        # A look-up asks where else a token stands. Equal queries and keys ask just that from the first step
+        # on; otherwise it has to be learnt (half of mimetic initialisation, Trockman & Kolter 2023).
         for block in self.h if config.mimetic else ():
             q, k, _ = block.attn.c_attn.weight.data.chunk(3)
             nn.init.normal_(q, std=1 / math.sqrt(config.n_embd))
