@@ -851,9 +851,9 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
         "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
         **{x: dict(batch_size=256) for x in ("--path_len 11", "--deg 16", "--model mamba --deg 8")}}.items():
         assert settle(line).items() >= want.items(), line
-    for line in ("--n_head 2 --model mamba", "--mimetic --model mamba", "--d_state 4", "--muon_lr 0.1 --reverse", "--plain",
+    for line in ("--n_head 2 --model mamba", "--mimetic --model mamba", "--d_state 4", "--plain",
                  "--plain --ahead 1", "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
-                 "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
+                 "--muon_lr 0.1 --reverse", "--n_train 5 --train_file x", "--n_test 5 --test_file x"):
         with pytest.raises(UserError, match=line.split()[0]):
             settle(line)
     name = lambda line: train.default_folder(flags(line), settle(line))
