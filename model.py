@@ -104,7 +104,7 @@ class GPTConfig:
     mimetic: bool = False  # queries and keys start as equal maps; GPT-2's and the paper's do not
 
 class GPT(LanguageModel):
-    """GPT-2 with the exact GELU, short_conv and mimetic. Raises UserError if n_head does not divide n_embd."""
+    """GPT-2 with the exact GELU, short_conv, mimetic. Raises UserError if n_head does not divide n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 

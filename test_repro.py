@@ -840,7 +840,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in {
-        "--deg 10": dict(optimizer="muon", n_layer=8), "--teacherless --reverse": dict(n_layer=8),
+        "--deg 10": dict(optimizer="muon", mimetic=False), "--teacherless --reverse": dict(n_layer=8),
         **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--teacherless --plain"),
             dict(optimizer="adamw", lr=3e-3, decay=0.0, batch_size=64, n_embd=64, mimetic=True)),
         "--reverse --deg 20": dict(n_layer=3, batch_size=64), "--model mamba --reverse": dict(n_layer=6),

@@ -38,23 +38,23 @@ def preset(s):
                     warmup=100, decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
-    standard = not (s["teacherless"] or s["reverse"] or s.get("ahead"))
+    standard = not (s["teacherless"] or s["reverse"])  # a GPT's took GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
     large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))
     common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
         n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
-        short_conv=4, mimetic=True,    # a GPT sees an edge as a whole, and its like, from the first step on
+        short_conv=4, mimetic=not standard,  # from the first step on a GPT sees an edge whole, and its like
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if large else 64, max_steps=2000 if standard else 10_000, weight_decay=0.0, n_head=4)
+        batch_size=256 if large else 64, weight_decay=0.0, n_head=4,
+        max_steps=2000 if standard and not s.get("ahead") else 10_000)
     if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
         rate = 0.02 if s["teacherless"] and (s.get("ahead", 1) or s.get("deep", deep)) else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
                              decay=0.5, average=0.995)  # of the last 200 steps or so
-    adamw = s["teacherless"] or s["reverse"]  # in standard training Muon found the look-ups of G(10,5) sooner
-    return common | dict(optimizer="adamw" if adamw else "muon", lr=3e-3, muon_lr=0.01, warmup=100,
+    return common | dict(optimizer="muon" if standard else "adamw", lr=3e-3, muon_lr=0.01, warmup=100,
                          decay=0.0, average=0.99)  # a constant rate; of the last 100 steps or so
 
 # The loss: what all of this is about.
