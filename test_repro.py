@@ -330,8 +330,7 @@ def test_models_have_the_names_and_the_initialisation_of_their_references():
     for name, p in weights.items():
         std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
         assert abs(p.std() / std - 1) < 0.06 if p.ndim == 2 else (p == name.endswith("weight")).all(), name
-    mimetic = GPT(GPTConfig(54, block_size=40, n_layer=4, short_conv=0, mimetic=True)).h
-    for q, k, v in (block.attn.c_attn.weight.chunk(3) for block in mimetic):
+    for q, k, v in (x.attn.c_attn.weight.chunk(3) for x in GPT(GPTConfig(54, 40, 4, mimetic=True)).h):
         assert torch.equal(q, k) and abs(8 * q.std() - 1) < 0.06 and abs(v.std() / 0.02 - 1) < 0.06
     model = Mamba(MambaConfig(vocab_size=54, n_layer=4, d_model=64, d_state=16))
     shapes = {k.replace("backbone.layers.0", "0"): tuple(p.shape) for k, p in model.state_dict().items()}
@@ -841,8 +840,9 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     settle = lambda line: train.settle(flags(line))
     for line, want in {
         "--deg 10": dict(optimizer="muon", mimetic=False), "--teacherless --reverse": dict(n_layer=8),
-        **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--teacherless --plain"),
-            dict(optimizer="adamw", lr=3e-3, decay=0.0, batch_size=64, n_embd=64, mimetic=True)),
+        **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--teacherless --plain",
+            "--teacherless --ahead 0 --no-deep"), dict(optimizer="adamw", lr=3e-3, decay=0.0,
+            batch_size=64, n_embd=64, mimetic=True)), "--model mamba --teacherless --plain": dict(lr=0.01),
         "--reverse --deg 20": dict(n_layer=3, batch_size=64), "--model mamba --reverse": dict(n_layer=6),
         "--model mamba --teacherless": dict(lr=0.02, muon_lr=0.02, n_layer=6, ahead=1, deep=False),
         "--model mamba --teacherless --deg 3": dict(d_state=64, deep=True, max_steps=10_000),

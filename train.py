@@ -40,7 +40,7 @@ def preset(s):
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     standard = not (s["teacherless"] or s["reverse"])  # a GPT's took GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
-    large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))
+    large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))  # batches of 64 found less
     common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
         n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
