@@ -839,7 +839,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     flags = lambda line: train.parse(line.split())[1]
     settle = lambda line: train.settle(flags(line))
     for line, want in {
-        "--deg 10": dict(optimizer="muon", mimetic=False), "--teacherless --path_len 9": dict(n_layer=9),
+        "--deg 10": dict(optimizer="muon", mimetic=False), "--teacherless --reverse": dict(n_layer=8),
         **dict.fromkeys(("--reverse --deg 10", "--teacherless --deg 10", "--teacherless --plain",
             "--teacherless --ahead 0 --no-deep"), dict(optimizer="adamw", lr=3e-3, decay=0.0,
             batch_size=64, n_embd=64, mimetic=True)), "--model mamba --teacherless --plain": dict(lr=0.01),
@@ -848,7 +848,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
         "--model mamba --teacherless --deg 3": dict(d_state=64, deep=True, max_steps=10_000),
         "--ahead 1": dict(max_steps=10_000, optimizer="muon"), "--model mamba": dict(lr=0.01, max_steps=2000),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
-        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--teacherless --no-deep": dict(n_layer=8),
+        "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
         **{x: dict(batch_size=256) for x in ("--path_len 11", "--deg 16", "--model mamba --deg 8")}}.items():
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--mimetic --model mamba", "--d_state 4", "--plain",

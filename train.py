@@ -41,13 +41,13 @@ def preset(s):
     standard = not (s["teacherless"] or s["reverse"])  # a GPT's took GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
     large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))  # batches of 64 found less
-    spare = 1 if mamba else 0 if s.get("deep", deep) else 3  # layers; with deep a GPT wastes none
     common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
-        n_layer=3 if shallow else path_len + spare,  # for path_len - 2 look-ups, one by one
+        n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4, mimetic=not standard,  # from the first step on a GPT sees an edge whole, and its like
-        d_state=64, a_scale=0.01,  # a Mamba: room for the edges, and a decay so slow that early ones stay
+        d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
+        a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
         batch_size=256 if large else 64, weight_decay=0.0, n_head=4,
         max_steps=2000 if standard and not s.get("ahead") else 10_000)
     if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
