@@ -1,6 +1,6 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752), a language model without attention, in pure PyTorch.
 
-    python mamba.py   # check the scan against its definition, time both, time a training step
+    python mamba.py   # compare the scan with its definition, time both, time a training step
 
 Where attention looks back at all tokens, a Mamba remembers: each of its d channels has a state h of n
 numbers. At every token the state fades, the token is written into it, and the output is read from it; how

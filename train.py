@@ -38,7 +38,7 @@ def preset(s):
                     warmup=100, decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
-    standard = not (s["teacherless"] or s["reverse"])  # a GPT's took GPT-2's first weights and Muon
+    standard = not (s["teacherless"] or s["reverse"])  # here a GPT needs GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
     large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))  # batches of 64 found less
     common = dict(  # to both models
@@ -148,7 +148,7 @@ def settle(given):
                    muon_lr=adamw, n_train=s["train_file"], n_test=s["test_file"],
                    plain=not s["teacherless"] or s["ahead"] or s["deep"])
     for name in filter(useless.get, given):
-        raise UserError(f"--{name} {given[name]}: has no effect beside the other flags; leave it out")
+        raise UserError(f"--{name} {given[name]}: contradicts the other flags or has no effect; leave it out")
     return s
 
 def default_folder(given, s):
