@@ -1077,7 +1077,7 @@ def test_output_that_nobody_takes_changes_nothing(tmp_path, script, stream):
 
 @slow
 def test_the_claim_on_a_small_graph(tmp_path):
-    """Standard training learns the cheat and stays at 1/d; the cure finds the paths."""
+    """Standard training (Muon: AdamW starts late) learns the cheat, stays at 1/d; the cure finds paths."""
     given = dict(preset="quick", path_len=4, num_nodes=10, n_layer=4, n_train=0, n_test=1000, batch_size=64,
                  optimizer="adamw", lr=3e-3, average=0.99, eval_every=100, warmup=100, max_steps=1000)
     trained(tmp_path / "standard", **given | dict(optimizer="muon", muon_lr=0.01, max_steps=700))
