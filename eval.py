@@ -36,7 +36,8 @@ COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-
 def objective(settings):
     """The name of what a run is trained on: the paper's objective, and what is added to it."""
     name = " ".join(x for x in ("teacherless", "reverse") if settings[x]) or "standard"
-    return name + " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
+    added = {"look-ahead": settings["ahead"], "deep": settings["deep"], "curriculum": settings["curriculum"]}
+    return " + ".join([name, *filter(added.get, added)])
 
 def paper_accuracy(model, task, name):
     """The paper's figure for the objective of this very name (or None), on a task as "G(2,5), N = 50"."""
@@ -83,9 +84,9 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # A run's folder read back. All of it stands in ckpt.pt; config.json and log.jsonl are for people to read.
 # The settings that may change when a run is resumed, and all that a checkpoint holds.
 FREE = {*"max_steps stop_at eval_every device compile cuda_graph out_dir train_file test_file".split()}
-NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep deg path_len num_nodes n_train n_test
-    seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer lr muon_lr
-    warmup decay weight_decay average record""".split()}
+NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep curriculum tied deg path_len num_nodes
+    n_train n_test seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer
+    lr muon_lr warmup decay weight_decay average record""".split()}
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
@@ -102,7 +103,7 @@ def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
     task = PathStar(s["deg"], s["path_len"], s["num_nodes"], s["reverse"])
     if s["model"] == "gpt":
-        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"], s["mimetic"]
+        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"], s["mimetic"], s["tied"]
         return task, GPT(GPTConfig(task.vocab_size, task.seq_len - 1, *sizes))
     sizes = s["n_layer"], s["n_embd"], s["d_state"]
     return task, Mamba(MambaConfig(task.vocab_size, *sizes, a_scale=s["a_scale"]))

@@ -102,9 +102,10 @@ class GPTConfig:
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
     mimetic: bool = False  # queries and keys start as equal maps; GPT-2's and the paper's do not
+    tied: bool = False     # the layers from the third on are one block, walked again and again
 
 class GPT(LanguageModel):
-    """GPT-2 with the exact GELU, short_conv, mimetic. Raises UserError if n_head does not divide n_embd."""
+    """GPT-2 with the exact GELU, short_conv, mimetic, tied. Raises UserError if n_head does not divide n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 
@@ -115,7 +116,9 @@ class GPT(LanguageModel):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # Tied: each further look-up is the same work, so let it be learnt once (Dehghani et al. 2019)
+        blocks = [Block(config) for _ in range(min(3, config.n_layer) if config.tied else config.n_layer)]
+        self.h = nn.ModuleList(blocks + blocks[-1:] * (config.n_layer - len(blocks)))
         self.ln_f = nn.LayerNorm(config.n_embd)
         # GPT-2's initialisation; 2 n_layer branches add to the residual stream, each by its c_proj
         for name, p in self.named_parameters():

@@ -50,7 +50,7 @@ OFFICIAL = """\
 # Every setting is named, so that a better recipe in a preset changes no test.
 TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=7, n_layer=2, n_embd=32, batch_size=8, n_train=64,
             n_test=32, max_steps=12, eval_every=4, warmup=5, average=0.8, stop_at=0, optimizer="muon",
-            lr=0.01, weight_decay=0.0, ahead=0.0, deep=False, device="cpu", dtype="float32", compile=False)
+            lr=0.01, weight_decay=0.0, ahead=0.0, deep=False, curriculum=False, tied=False, device="cpu", dtype="float32", compile=False)
 TASK = PathStar(2, 3, 7)
 BOTH_MODELS = pytest.mark.parametrize("model", ["gpt", "mamba"])
 MAIN = {f"{module.__name__}.py": module.main for module in (data, gpt, mamba, evaluation, train)}

@@ -29,21 +29,26 @@ from eval import (FREE, build, evaluate, load_file, objective, percent, pick_dev
 from mamba import set_compile
 from model import configure_optimizers, or_uncompiled, out_of_memory, precision
 
+PLAIN = dict(ahead=0.0, deep=False, curriculum=False, tied=False)  # the paper's objective, nothing added
+
 def preset(s):
-    """What no flag says, by the graph, the model and the objective in the settings s (dict). `ahead` and
-    `deep` are there only if a flag has set them."""
+    """What no flag says, by the graph, the model and the objective in the settings s (dict). What PLAIN
+    names is there only if a flag has set it."""
     if s["preset"] == "paper":  # GPT-Mini, AdamW at its rate (sections 5 and B), 500 epochs: for a GPU
-        return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, mimetic=False,
-                    d_state=16, a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
-                    warmup=100, decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
+        return PLAIN | dict(
+            n_layer=12, n_embd=384, n_head=6, short_conv=0, mimetic=False, d_state=16, a_scale=1.0,
+            batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100, decay=0.0,
+            weight_decay=0.01, average=0.0, max_steps=390_500)
     path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     standard = not (s["teacherless"] or s["reverse"])  # here a GPT needs GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
-    large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))  # batches of 64 found less
+    large = not shallow and edges > (30 if mamba else 60)  # batches of 64 found less
+    cured = s["teacherless"] and not mamba  # a Mamba gained nothing by these two
+    more = 1 if mamba else 0 if s.get("tied", cured) else 3  # for path_len - 2 look-ups, one by one
     common = dict(  # to both models
-        ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
-        n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
+        ahead=float(s["teacherless"]), deep=deep, curriculum=cured, tied=cured,  # the cure
+        n_layer=3 if shallow else path_len + more,
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4, mimetic=not standard,  # from the first step on a GPT sees an edge whole, and its like
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
@@ -60,29 +65,44 @@ def preset(s):
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
     """The training loss of a batch: prefix (b, prefix_len), target (b, l), settings s -> two scalars in nats
-    a token, the answer's cross-entropy (deep: its mean over the layers) and the weighted look-ahead's. With
-    neither it is the paper's: next-token prediction (eq. 2), or `teacherless`, from dummies (eq. 5)."""
-    cross_entropy = lambda x, y: F.cross_entropy(model.head(x).float().flatten(0, -2), y.flatten())
-
+    a token, the answer's cross-entropy (deep: of all layers) and the look-ahead's, weighted. With nothing
+    added it is the paper's: next-token prediction (eq. 2), or `teacherless`, from dummies (eq. 5)."""
     # Standard training feeds the true path, so that each next node can be looked up from the one before it:
     # the Clever Hans cheat. Teacherless training feeds `$`: nothing but the prefix tells the path.
     fed = inputs(task, prefix, target, s["teacherless"])  # (b, seq_len - 1)
 
     # What the head reads at the answer's positions, (b, l, d). Deep: behind every layer, (n_layer, b, l, d),
     # or else the last layers learn the first look-ups, and then there is no layer left for the next one.
-    x = model.features(fed, every=s["deep"], last=task.target_len)
-    target = target.expand(x.shape[:-1])
-    answer = cross_entropy(x, target)
-    if not s["ahead"]:
-        return answer, answer.new_zeros(())
+    x, l = model.features(fed, every=s["deep"], last=task.target_len), task.target_len
+    i = j = torch.arange(l, device=x.device)  # position i is asked for node j
+    asked = x
 
-    # Look-ahead: position i also predicts each node j > i, through a map for the distance j - i that is
+    # Look-ahead: position i is also asked for each node j > i, through a map for the distance j - i that is
     # thrown away after training (multi-token prediction, Gloeckle et al. 2024). The path is found by look-ups
     # from the goal backwards; what one finds must be kept for the next one where it is no answer yet.
-    l = task.target_len
-    i, j = torch.triu_indices(l, l, 1, device=x.device)  # all pairs i < j
-    later = maps(x).unflatten(-1, (l - 1, -1))            # (..., l, distance - 1, d)
-    return answer, s["ahead"] * cross_entropy(later[..., i, j - i - 1, :], target[..., j])
+    if s["ahead"]:
+        i, j = torch.cat([i.expand(2, l), torch.triu_indices(l, l, 1, device=x.device)], 1)
+        later = maps(x).unflatten(-1, (l - 1, -1))  # (..., b, l, distance - 1, d)
+        asked = torch.cat([x.unsqueeze(-2), later], -2)[..., i, j - i, :]  # first the l answers, then the rest
+    truth = target.expand(x.shape[:-1])[..., j]  # (..., b, questions)
+    nats = F.cross_entropy(model.head(asked).float().flatten(0, -2), truth.flatten(), reduction="none")
+    nats = nats.view(truth.shape)
+
+    # Curriculum: ask for what can be learnt now. In each layer a node counts as far as the answers after it
+    # are known (the product of their probabilities, means over the batch): while the node that its look-up
+    # starts from is not, its loss is noise. And a position need not keep a node once it has found the node
+    # two before it, or one before that: a width of 64 has no room for the whole of a long path.
+    weight = keep = torch.ones_like(nats[..., 0, :])
+    if s["curriculum"]:
+        p = nats.new_zeros(*nats.shape[:-2], l, l)  # the probability of node j in position i
+        p[..., i, j] = (-nats.detach()).exp().mean(-2)
+        weight = p.diagonal(0, -2, -1).flip(-1).cumprod(-1).flip(-1).roll(-1, -1)
+        weight[..., 0] = weight[..., -1] = 1  # start and goal stand in the prefix
+        p[..., 0, 0] = 0
+        keep = 1 - F.pad(p.cummax(-1).values[..., :-2], (2, 0))[..., i, j]
+        weight = weight[..., j]
+    mean = lambda x: (nats.mean(-2) * weight * keep)[..., x].mean() / weight[..., x].mean()
+    return mean(slice(l)), s["ahead"] * mean(slice(l, None)) if s["ahead"] else nats.new_zeros(())
 
 DEFAULTS = dict(preset="quick", model="gpt", teacherless=False, reverse=False, plain=False, deg=2,
                 path_len=5, num_nodes=50, n_train=200_000, n_test=10_000, train_file=None, test_file=None,
@@ -102,9 +122,11 @@ def parse(argv=None):
     add("--model", "the architecture", choices=("gpt", "mamba"))
     add("--teacherless", "feed `$` in place of the answer and predict all of it in one pass", **yes)
     add("--reverse", "write the path goal first", **yes)
-    add("--plain", "the paper's loss: --ahead 0 --no-deep; a Mamba takes half the rates", **yes)
+    add("--plain", "the paper's objective, none of the next four; a Mamba takes half the rates", **yes)
     add("--ahead", "weight of the look-ahead; 1 in the cure, else 0", **real(0, 100))
     add("--deep", "take the losses behind every layer; in the cure, not a Mamba's on few edges", **yes_or_no)
+    add("--curriculum", "weigh a node by how well those after it are known; in a GPT's cure", **yes_or_no)
+    add("--tied", "the layers from the third on are one block; in a GPT's cure", **yes_or_no)
     add("--deg", "arms of the graph, d", **whole(1, 10_000))
     add("--path_len", "nodes of the path, l", **whole(2, 10_000))
     add("--num_nodes", "node values, N", **whole(2, 10_000))
@@ -141,20 +163,20 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # what it stands for
+    s = DEFAULTS | (PLAIN if given.get("plain") else {}) | given
     s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
-    useless = dict(n_head=mamba, short_conv=mamba, mimetic=mamba, d_state=not mamba, a_scale=not mamba,
+    useless = dict(n_head=mamba, short_conv=mamba, mimetic=mamba, tied=mamba, d_state=not mamba, a_scale=not mamba,
                    muon_lr=adamw, n_train=s["train_file"], n_test=s["test_file"],
-                   plain=not s["teacherless"] or s["ahead"] or s["deep"])
+                   plain=not s["teacherless"] or any(map(s.get, PLAIN)))
     for name in filter(useless.get, given):
         raise UserError(f"--{name} {given[name]}: contradicts the other flags or has no effect; leave it out")
     return s
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    named = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    named -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
+    named = {*FREE, *"model teacherless reverse plain ahead deep curriculum deg path_len num_nodes seed".split(),
+             "resume"} - {"train_file", "test_file"} - ({"ahead"} if s["ahead"] not in (0, 1) else set())
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")
