@@ -36,8 +36,8 @@ COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-
 def objective(settings):
     """The name of what a run is trained on: the paper's objective, and what is added to it."""
     name = " ".join(x for x in ("teacherless", "reverse") if settings[x]) or "standard"
-    added = {"look-ahead": settings["ahead"], "deep": settings["deep"], "curriculum": settings["curriculum"]}
-    return " + ".join([name, *filter(added.get, added)])
+    added = " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
+    return name + added + " + curriculum" * (settings["curriculum"] and added != " + look-ahead + deep")
 
 def paper_accuracy(model, task, name):
     """The paper's figure for the objective of this very name (or None), on a task as "G(2,5), N = 50"."""
@@ -88,13 +88,20 @@ NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep curriculu
     n_train n_test seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer
     lr muon_lr warmup decay weight_decay average record""".split()}
 
+def default_folder(given, s):
+    """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
+    named = FREE | {*"model teacherless reverse plain deg path_len num_nodes seed resume".split()}
+    named -= {"test_file", "train_file"}
+    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
+    task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
+    return Path("out", f"{task}{extra}-seed{s['seed']}")
+
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
     there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
     with contextlib.suppress(RuntimeError, AssertionError):
         device = torch.empty(1, device=there[0] if name == "auto" else name).device
-        if device.type == "cuda":  # what names no device, as a CUDA graph, is to use this one too
-            torch.cuda.set_device(device)
+        device.type == "cuda" and torch.cuda.set_device(device)  # for what names none, as a CUDA graph
         if device.type in there:
             return device
     raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
@@ -196,9 +203,7 @@ def report(row):
             f"{' '.join(map(percent, row.get('token_accuracy') or []))} %  Clever Hans "
             f"{percent(row.get('clever_hans')):>5} %  {row.get('run') or row['command']}")
 
-def cell(rows, *key):
-    """The rows of a task, an objective and a model: its seeds."""
-    return [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
+cell = lambda rows, *key: [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
 
 def summary(rows):
     """Rows -> the README's table, lines of Markdown: the mean over the seeds, their range, median minutes."""
@@ -218,8 +223,8 @@ def summary(rows):
 def show(task, model, graphs, teacherless, k):
     """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""
     right = (predict(model, task, graphs.prefix, graphs.target, teacherless)[0] == graphs.target).all(1)
-    order = right.int().argsort()  # the wrong ones first
-    chosen = torch.cat([order[:k - k // 2], order[len(order) - k // 2:]]).unique().tolist()
+    order = right.int().argsort().tolist()  # the wrong ones first
+    chosen = sorted({*order[:k - k // 2], *order[len(order) - k // 2:]})
     prefix = graphs.prefix[chosen].long().to(next(model.parameters()).device)
     for i, answer in zip(chosen, generate(model, task, prefix, teacherless)):
         text, said = (task.decode(graphs.prefix[i], path) for path in (graphs.target[i], answer))
@@ -256,13 +261,11 @@ def plot_curves(runs, file):
     for deg in sorted({s["deg"] for _, s, _ in runs}):
         ax.axhline(100 / deg, color="grey", linewidth=1, linestyle=":", label=f"chance, 1/{deg}")
     ax.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.figure.legend(fontsize="small", loc=f"outside {'right' if len(runs) == 1 else 'lower'} center")
     ax.figure.savefig(file, dpi=150)
 
 def plot_bars(rows, file):
-    """The paper's main figure redrawn: exact match by graph and objective, a line of bars a model; ours is
-    the mean over the seeds with their range, and beside it stands the paper's for the same objective."""
+    """The paper's main figure: exact match, ours (mean and range over the seeds) beside the paper's."""
     import matplotlib.figure
     if others := {row["objective"] for row in rows} - COLOURS.keys():
         print(f"--bars: leaves out the rows of {', '.join(sorted(others))}", file=sys.stderr)
@@ -336,8 +339,8 @@ def main(argv=None):
                 draw(what, file)
     except Exception as error:  # of matplotlib: no such format, no such folder, no LaTeX for it
         errors.append(f"--plot or --bars: {' '.join(str(error).split())}")
-    readme = kept == args.runs and rows and not args.json
     sys.stderr.write("".join(f"{parser.prog}: error: {error}\n" for error in errors))
+    readme = kept == args.runs and rows and not args.json
     for line in summary(rows) if readme else map(json.dumps if args.json else report, rows):
         print(line, flush=True)
     print(*out, sep="\n", end="\n" * bool(out), file=sys.stderr if args.json else sys.stdout)
