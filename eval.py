@@ -90,8 +90,8 @@ NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep curriculu
 
 def default_folder(given, s):
     """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    named = FREE | {*"model teacherless reverse plain deg path_len num_nodes seed resume".split()}
-    named -= {"test_file", "train_file"}
+    named = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
+    named -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
     extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
     task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
     return Path("out", f"{task}{extra}-seed{s['seed']}")

@@ -85,7 +85,7 @@ def new_run(**given):
 def command(**given):
     """Settings -> the command line that asks for them."""
     return [f"--{'' if x else 'no-'}{name}" if isinstance(x, bool) else f"--{name}={x}"
-            for name, x in tiny(**given).items() if x is not False or name not in ("teacherless", "reverse")]
+            for name, x in tiny(**given).items() if x is not False or name in ("compile", "deep", "mimetic")]
 
 def trained(folder, **given):
     """Run train.py in this process -> its last checkpoint."""
@@ -864,6 +864,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
     lines = (",--model mamba,--reverse,--teacherless,--teacherless --plain,--teacherless --no-deep,--deg 3,"
              "--teacherless --ahead 0.5,--path_len 4,--num_nodes 60,--lr 0.1,--seed 1").split(",")
     assert len(set(map(name, lines))) == len(lines) and name("").parent == Path("out")
+    assert name("--teacherless --plain") == name("--teacherless --ahead 0 --no-deep")
     assert name("") == name("--max_steps 5 --device cpu --stop_at 0.5 --no-compile --eval_every 9")
 
 def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():
@@ -1079,8 +1080,7 @@ def test_the_claim_on_a_small_graph(tmp_path):
     given = dict(preset="quick", path_len=4, num_nodes=10, n_layer=4, n_train=0, n_test=1000, batch_size=64,
                  optimizer="adamw", lr=3e-3, average=0.99, eval_every=100, warmup=100, max_steps=1000)
     trained(tmp_path / "standard", **given | dict(optimizer="muon", muon_lr=0.01, max_steps=700))
-    trained(tmp_path / "cure", stop_at=0.993, teacherless=True,
-            **given | dict(ahead=1.0, deep=True, curriculum=True, tied=True))
+    trained(tmp_path / "cure", stop_at=0.993, teacherless=True, **given | dict(ahead=1.0, deep=True))
     standard, cure = (log(tmp_path / name)[-1] for name in ("standard", "cure"))
     assert abs(standard["accuracy"] - 0.5) < 0.06 and standard["clever_hans"] > 0.9
     assert [x > 0.99 for x in standard["token_accuracy"]] == [1, 0, 1, 1] and cure["accuracy"] > 0.9

@@ -125,7 +125,7 @@ def parse(argv=None):
     add("--plain", "the paper's objective, none of the next four; a Mamba takes half the rates", **yes)
     add("--ahead", "weight of the look-ahead; 1 in the cure, else 0", **real(0, 100))
     add("--deep", "take the losses behind every layer; in the cure, not a Mamba's on few edges", **yes_or_no)
-    add("--curriculum", "weigh a node by how well others are known; in a GPT's cure of long paths", **yes_or_no)
+    add("--curriculum", "weigh a node by what is known; in a GPT's cure of long paths", **yes_or_no)
     add("--tied", "the layers from the third on are one block (gpt); in its cure of long paths", **yes_or_no)
     add("--deg", "arms of the graph, d", **whole(1, 10_000))
     add("--path_len", "nodes of the path, l", **whole(2, 10_000))
