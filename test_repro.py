@@ -852,7 +852,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
         "--ahead 1": dict(max_steps=10_000, optimizer="muon"), "--model mamba": dict(lr=0.01, max_steps=2000),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
         "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
-        "--teacherless": dict(curriculum=0, tied=0), "--teacherless --path_len 6": dict(curriculum=1, tied=1),
+        "--teacherless": dict(n_layer=8, tied=0), "--teacherless --path_len 6": dict(n_layer=6, tied=1),
         **{x: dict(batch_size=256) for x in ("--deg 16", "--model mamba --deg 8")}}.items():
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--mimetic --model mamba", "--d_state 4", "--plain",

@@ -44,7 +44,7 @@ def preset(s):
     long = s["teacherless"] and path_len > 5 and not (mamba or s["reverse"])  # a Mamba gained nothing by it
     common = dict(  # to both models
         ahead=float(s["teacherless"]), deep=deep, curriculum=long, tied=long,  # the cure
-        n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
+        n_layer=3 if shallow else path_len + (1 if mamba else 0 if long else 3),  # path_len - 2 look-ups
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4, mimetic=not standard,  # from the first step on a GPT sees an edge whole, and its like
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
