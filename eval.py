@@ -36,8 +36,7 @@ COLOURS = {"standard": "#d55e00", "teacherless": "#e69f00", "teacherless + look-
 def objective(settings):
     """The name of what a run is trained on: the paper's objective, and what is added to it."""
     name = " ".join(x for x in ("teacherless", "reverse") if settings[x]) or "standard"
-    added = " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
-    return name + added + " + curriculum" * (settings["curriculum"] and added != " + look-ahead + deep")
+    return name + " + look-ahead" * bool(settings["ahead"]) + " + deep" * settings["deep"]
 
 def paper_accuracy(model, task, name):
     """The paper's figure for the objective of this very name (or None), on a task as "G(2,5), N = 50"."""
@@ -84,24 +83,17 @@ def evaluate(model, task, graphs, teacherless, batch_size=None):
 # A run's folder read back. All of it stands in ckpt.pt; config.json and log.jsonl are for people to read.
 # The settings that may change when a run is resumed, and all that a checkpoint holds.
 FREE = {*"max_steps stop_at eval_every device compile cuda_graph out_dir train_file test_file".split()}
-NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep curriculum tied deg path_len num_nodes
-    n_train n_test seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer
-    lr muon_lr warmup decay weight_decay average record""".split()}
-
-def default_folder(given, s):
-    """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
-    named = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
-    named -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
-    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
-    task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
-    return Path("out", f"{task}{extra}-seed{s['seed']}")
+NEEDED = FREE | {*"""preset model teacherless reverse plain ahead deep deg path_len num_nodes n_train n_test
+    seed dtype n_layer n_embd n_head short_conv mimetic d_state a_scale batch_size optimizer lr muon_lr
+    warmup decay weight_decay average record""".split()}
 
 def pick_device(name):
     """--device -> torch.device; "auto" is the first of cuda, mps and cpu that is there."""
     there = [d for d in ("cuda", "mps", "cpu") if d == "cpu" or getattr(torch, d).is_available()]
     with contextlib.suppress(RuntimeError, AssertionError):
         device = torch.empty(1, device=there[0] if name == "auto" else name).device
-        device.type == "cuda" and torch.cuda.set_device(device)  # for what names none, as a CUDA graph
+        if device.type == "cuda":  # what names no device, as a CUDA graph, is to use this one too
+            torch.cuda.set_device(device)
         if device.type in there:
             return device
     raise UserError(f"--device {name!r}: not on this machine, which has {', '.join(there)}")
@@ -110,7 +102,7 @@ def build(s):
     """The task and a freshly initialised model of a run's settings (dict)."""
     task = PathStar(s["deg"], s["path_len"], s["num_nodes"], s["reverse"])
     if s["model"] == "gpt":
-        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"], s["mimetic"], s["tied"]
+        sizes = s["n_layer"], s["n_head"], s["n_embd"], s["short_conv"], s["mimetic"]
         return task, GPT(GPTConfig(task.vocab_size, task.seq_len - 1, *sizes))
     sizes = s["n_layer"], s["n_embd"], s["d_state"]
     return task, Mamba(MambaConfig(task.vocab_size, *sizes, a_scale=s["a_scale"]))
@@ -203,7 +195,9 @@ def report(row):
             f"{' '.join(map(percent, row.get('token_accuracy') or []))} %  Clever Hans "
             f"{percent(row.get('clever_hans')):>5} %  {row.get('run') or row['command']}")
 
-cell = lambda rows, *key: [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
+def cell(rows, *key):
+    """The rows of a task, an objective and a model: its seeds."""
+    return [row for row in rows if (row["task"], row["objective"], row["model"]) == key]
 
 def summary(rows):
     """Rows -> the README's table, lines of Markdown: the mean over the seeds, their range, median minutes."""
@@ -223,8 +217,8 @@ def summary(rows):
 def show(task, model, graphs, teacherless, k):
     """k test graphs with the model's own answer (generated): half of them wrong, if there are as many."""
     right = (predict(model, task, graphs.prefix, graphs.target, teacherless)[0] == graphs.target).all(1)
-    order = right.int().argsort().tolist()  # the wrong ones first
-    chosen = sorted({*order[:k - k // 2], *order[len(order) - k // 2:]})
+    order = right.int().argsort()  # the wrong ones first
+    chosen = torch.cat([order[:k - k // 2], order[len(order) - k // 2:]]).unique().tolist()
     prefix = graphs.prefix[chosen].long().to(next(model.parameters()).device)
     for i, answer in zip(chosen, generate(model, task, prefix, teacherless)):
         text, said = (task.decode(graphs.prefix[i], path) for path in (graphs.target[i], answer))
@@ -261,11 +255,13 @@ def plot_curves(runs, file):
     for deg in sorted({s["deg"] for _, s, _ in runs}):
         ax.axhline(100 / deg, color="grey", linewidth=1, linestyle=":", label=f"chance, 1/{deg}")
     ax.set(xlabel="training graphs seen", ylabel="accuracy on unseen graphs, %", ylim=(-2, 102))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.figure.legend(fontsize="small", loc=f"outside {'right' if len(runs) == 1 else 'lower'} center")
     ax.figure.savefig(file, dpi=150)
 
 def plot_bars(rows, file):
-    """The paper's main figure: exact match, ours (mean and range over the seeds) beside the paper's."""
+    """The paper's main figure redrawn: exact match by graph and objective, a line of bars a model; ours is
+    the mean over the seeds with their range, and beside it stands the paper's for the same objective."""
     import matplotlib.figure
     if others := {row["objective"] for row in rows} - COLOURS.keys():
         print(f"--bars: leaves out the rows of {', '.join(sorted(others))}", file=sys.stderr)
@@ -339,8 +335,8 @@ def main(argv=None):
                 draw(what, file)
     except Exception as error:  # of matplotlib: no such format, no such folder, no LaTeX for it
         errors.append(f"--plot or --bars: {' '.join(str(error).split())}")
-    sys.stderr.write("".join(f"{parser.prog}: error: {error}\n" for error in errors))
     readme = kept == args.runs and rows and not args.json
+    sys.stderr.write("".join(f"{parser.prog}: error: {error}\n" for error in errors))
     for line in summary(rows) if readme else map(json.dumps if args.json else report, rows):
         print(line, flush=True)
     print(*out, sep="\n", end="\n" * bool(out), file=sys.stderr if args.json else sys.stdout)

@@ -102,10 +102,9 @@ class GPTConfig:
     n_embd: int = 64
     short_conv: int = 4   # taps of the causal convolution on q, k and v; 0: none, the paper's GPT
     mimetic: bool = False  # queries and keys start as equal maps; GPT-2's and the paper's do not
-    tied: bool = False     # the layers from the third on are one block: each further look-up is the same work
 
 class GPT(LanguageModel):
-    """GPT-2 with the exact GELU and what GPTConfig adds. UserError if n_head does not divide n_embd."""
+    """GPT-2 with the exact GELU, short_conv, mimetic. Raises UserError if n_head does not divide n_embd."""
     token_embedding = property(lambda self: self.wte)
     final_norm = property(lambda self: self.ln_f)
 
@@ -116,8 +115,7 @@ class GPT(LanguageModel):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        blocks = [Block(config) for _ in range(min(3, config.n_layer) if config.tied else config.n_layer)]
-        self.h = nn.ModuleList(blocks + blocks[-1:] * (config.n_layer - len(blocks)))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         # GPT-2's initialisation; 2 n_layer branches add to the residual stream, each by its c_proj
         for name, p in self.named_parameters():
@@ -126,7 +124,8 @@ class GPT(LanguageModel):
                 nn.init.normal_(p, std=0.02 / math.sqrt(branches))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # a look-up asks where else a token stands: equal queries and keys do (Trockman & Kolter 2023)
+        # A look-up asks where else a token stands. Equal queries and keys ask just that from the first step
+        # on; otherwise it has to be learnt (half of mimetic initialisation, Trockman & Kolter 2023).
         for block in self.h if config.mimetic else ():
             q, k, _ = block.attn.c_attn.weight.data.chunk(3)
             nn.init.normal_(q, std=1 / math.sqrt(config.n_embd))
@@ -185,7 +184,8 @@ class Muon(torch.optim.Muon):
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
                 update = self.orthogonal(torch.stack(nesterov), group).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_sub_(params, (lr * scale * update).unbind())
 
     @staticmethod

@@ -50,8 +50,7 @@ OFFICIAL = """\
 # Every setting is named, so that a better recipe in a preset changes no test.
 TINY = dict(preset="paper", deg=2, path_len=3, num_nodes=7, n_layer=2, n_embd=32, batch_size=8, n_train=64,
             n_test=32, max_steps=12, eval_every=4, warmup=5, average=0.8, stop_at=0, optimizer="muon",
-            lr=0.01, weight_decay=0.0, ahead=0.0, deep=False, curriculum=False, device="cpu", dtype="float32",
-            compile=False)
+            lr=0.01, weight_decay=0.0, ahead=0.0, deep=False, device="cpu", dtype="float32", compile=False)
 TASK = PathStar(2, 3, 7)
 BOTH_MODELS = pytest.mark.parametrize("model", ["gpt", "mamba"])
 MAIN = {f"{module.__name__}.py": module.main for module in (data, gpt, mamba, evaluation, train)}
@@ -74,8 +73,7 @@ def compiling():
 
 def tiny(model="gpt", **given):
     """The flags of a run that takes a second; a file of graphs takes the place of a number of them."""
-    own = (dict(n_head=4, short_conv=4, mimetic=True, tied=False) if model == "gpt" else
-           dict(d_state=16, a_scale=1.0))
+    own = dict(n_head=4, short_conv=4, mimetic=True) if model == "gpt" else dict(d_state=16, a_scale=1.0)
     replaced = {f"n_{name[:-5]}" for name in given if name.endswith("_file")}
     return {k: v for k, v in (TINY | own | dict(model=model) | given).items() if k not in replaced}
 
@@ -201,6 +199,15 @@ def test_official_lines_are_read_and_written_to_the_letter(tmp_path, reverse):
         with pytest.raises(UserError, match=f"{official}, line 3: "):
             data.load(official, task)
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """whole_file: what an interrupt leaves is the old file, or none."""
+    (tmp_path / "old").write_bytes(b"before")
+    for name in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt), data.whole_file(tmp_path / name) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old", b"before")]
+
 def test_sets_are_drawn_by_their_key_and_disjoint():
     """draw, held_out: of a tiny task a tenth of the graphs a set, or one line; so if nothing is left."""
     task, small = PathStar(2, 5, 50), PathStar(2, 3, 5)  # 5! labellings, two to a graph
@@ -323,8 +330,6 @@ def test_models_have_the_names_and_the_initialisation_of_their_references():
     for name, p in weights.items():
         std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
         assert abs(p.std() / std - 1) < 0.06 if p.ndim == 2 else (p == name.endswith("weight")).all(), name
-    tied = GPT(GPTConfig(54, 40, n_layer=5, tied=True)).layers()
-    assert [tied[0] is tied[1], tied[1] is tied[2], *(tied[2] is x for x in tied[3:])] == [0, 0, 1, 1]
     for q, k, v in (x.attn.c_attn.weight.chunk(3) for x in GPT(GPTConfig(54, 40, 4, mimetic=True)).h):
         assert torch.equal(q, k) and abs(8 * q.std() - 1) < 0.06 and abs(v.std() / 0.02 - 1) < 0.06
     model = Mamba(MambaConfig(vocab_size=54, n_layer=4, d_model=64, d_state=16))
@@ -662,30 +667,22 @@ def test_figures_show_every_cell_and_node(tmp_path, monkeypatch, capfd):
 # train.py ------------------------------------------------------------------------------------------------
 @BOTH_MODELS
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("ahead, curriculum", [(0, False), (0.5, False), (0.5, True)])
-def test_loss_equals_a_plain_loop(model, deep, ahead, curriculum):
-    """Over pairs of positions, by the map of their distance; deep: over models cut off at each layer; each
-    weighed by what is known of the later answers, and of the earlier nodes in its own position."""
-    run = new_run(model=model, deep=deep, ahead=ahead, curriculum=curriculum, teacherless=ahead > 0,
-                  path_len=5, num_nodes=9)
+@pytest.mark.parametrize("ahead, teacherless", [(0, False), (0.5, True)])
+def test_loss_equals_a_plain_loop(model, deep, ahead, teacherless):
+    """Over pairs of positions, by the map of their distance; deep: over models cut off at each layer."""
+    run = new_run(model=model, deep=deep, ahead=ahead, teacherless=teacherless)
     shaken(run.model)
     (prefix, target), s, layers = run.batches(0), run.settings, list(run.model.layers())
-    l, d, terms = run.task.target_len, s["n_embd"], {True: [], False: []}  # is it the answer's?
+    l, d, answers, later = run.task.target_len, s["n_embd"], [], []
     for depth in (1, 2) if deep else (2,):
         cut = copy.copy(run.model)
         cut.layers = lambda: layers[:depth]
-        x = cut.features(inputs(run.task, prefix, target, ahead > 0))[:, -l:]
-        nats, p = {}, {}
-        for i, j in ((i, j) for i in range(l) for j in range(i, l if ahead else i + 1)):
-            mapped = x[:, i] @ run.maps.weight[(j - i - 1) * d:(j - i) * d].T if j > i else x[:, i]
-            nats[i, j] = F.cross_entropy(cut.head(mapped), target[:, j], reduction="none")
-            p[i, j] = (-nats[i, j].detach()).exp().mean()
-        for (i, j), values in nats.items():
-            counts = math.prod(p[m, m] for m in range(j + 1, l)) if curriculum and j else 1
-            gone = max((p[i, m] for m in range(max(i, 1), j - 1)), default=0) if curriculum else 0
-            terms[i == j].append(torch.stack([values.mean() * counts * (1 - gone), counts + torch.zeros(())]))
-    mean = lambda terms: torch.stack(terms).sum(0)[0] / torch.stack(terms).sum(0)[1]
-    want = mean(terms[True]), ahead * mean(terms[False] or terms[True])
+        x = cut.features(inputs(run.task, prefix, target, teacherless))[:, -l:]
+        answers.append(F.cross_entropy(cut.head(x).transpose(1, 2), target))
+        for i, j in ((i, j) for i in range(l) for j in range(i + 1, l) if ahead):
+            mapped = x[:, i] @ run.maps.weight[(j - i - 1) * d:(j - i) * d].T
+            later.append(F.cross_entropy(cut.head(mapped), target[:, j]))
+    want = torch.stack(answers).mean(), ahead * torch.stack(later or answers).mean()
     got = train.loss(run.model, run.maps, run.task, prefix, target, s)
     torch.testing.assert_close(got, want)
     parameters = [*run.model.parameters(), *run.maps.parameters()]
@@ -773,7 +770,7 @@ def interrupt(monkeypatch, folder, step, act=lambda run: signal.raise_signal(sig
         trained(folder, **given)
     return stop.value.code
 
-@pytest.mark.parametrize("given", [dict(model="gpt", optimizer="adamw", max_steps=20, tied=True, n_layer=4),
+@pytest.mark.parametrize("given", [dict(model="gpt", optimizer="adamw", max_steps=20),
     dict(model="mamba", teacherless=True, n_train=0, ahead=1.0, deep=True)], ids=["gpt", "mamba"])
 def test_resume_is_exact(tmp_path, monkeypatch, given):
     """Stopped in mid-interval and resumed, a run ends with the same bits: weights, optimisers, log."""
@@ -852,8 +849,7 @@ def test_settings_are_the_presets_unless_a_flag_is_given():
         "--ahead 1": dict(max_steps=10_000, optimizer="muon"), "--model mamba": dict(lr=0.01, max_steps=2000),
         "--preset paper --teacherless": dict(ahead=0, deep=False, n_layer=12, n_embd=384, average=0),
         "--preset paper --n_layer 2": dict(n_layer=2, n_embd=384), "--path_len 20": dict(n_layer=23),
-        "--teacherless": dict(n_layer=8, tied=0), "--teacherless --path_len 6": dict(n_layer=6, tied=1),
-        **{x: dict(batch_size=256) for x in ("--deg 16", "--model mamba --deg 8")}}.items():
+        **{x: dict(batch_size=256) for x in ("--path_len 11", "--deg 16", "--model mamba --deg 8")}}.items():
         assert settle(line).items() >= want.items(), line
     for line in ("--n_head 2 --model mamba", "--mimetic --model mamba", "--d_state 4", "--plain",
                  "--plain --ahead 1", "--plain --teacherless --deep", "--plain --teacherless --ahead 1",
@@ -874,7 +870,7 @@ def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():
             ("--teacherless --plain", 0, False, "teacherless", 0), ("--teacherless", 1, True, CURE, None),
             ("--teacherless --ahead 0", 0, True, "teacherless + deep", None),
             ("--teacherless --no-deep", 1, False, "teacherless + look-ahead", None),
-            ("--reverse --deep --curriculum", 0, True, "reverse + deep + curriculum", None),
+            ("--reverse --deep", 0, True, "reverse + deep", None),
             ("--ahead 1", 1, False, "standard + look-ahead", None)):
         settings = train.settle(train.parse(line.split())[1])
         assert (settings["ahead"], settings["deep"], evaluation.objective(settings)) == (ahead, deep, name)
@@ -882,10 +878,15 @@ def test_objectives_have_honest_names_and_only_the_papers_own_have_its_figure():
 
 @pytest.mark.parametrize("left", [[], ["ckpt.pt.tmp"]])
 def test_an_empty_folder_is_filled_in_place(tmp_path, left):
-    """Or one with what a killed start has left."""
-    [(tmp_path / name).write_text("half") for name in left]
-    trained(tmp_path, max_steps=1)
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    """--out_dir: a mount point, a link, a folder with a mode of its own; and what a killed start has left."""
+    (tmp_path / "real").mkdir()
+    (folder := tmp_path / "link").symlink_to("real")
+    os.chmod(folder, 0o2770)
+    for name in left:
+        (folder / name).write_text("half")
+    before, _ = folder.stat(), trained(folder, max_steps=1)
+    assert folder.is_symlink() and {path.name for path in folder.iterdir()} == FILES
+    assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
 
 def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
     """What was made for the run goes, what was there stays; a folder with something else is refused."""
@@ -1090,8 +1091,7 @@ def test_the_claim_on_a_small_graph(tmp_path):
 def test_a_compiled_run_is_an_uncompiled_one(tmp_path, capfd, model):
     """train.py's default against --no-compile: every loss of 24 steps, and the weights."""
     with compiling():
-        given = dict(model=model, teacherless=True, ahead=1.0, deep=True, max_steps=24, eval_every=1,
-                     curriculum=True)
+        given = dict(model=model, teacherless=True, ahead=1.0, deep=True, max_steps=24, eval_every=1)
         want, got = (trained(tmp_path / str(x), compile=x, **given) for x in (False, True))
     assert not capfd.readouterr().err
     assert [x["loss"] for x in got["log"]] == pytest.approx([x["loss"] for x in want["log"]], rel=2e-3)

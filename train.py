@@ -24,33 +24,32 @@ import torch.nn.functional as F
 
 from data import (TRAIN, Batches, Parser, UserError, draw, held_out, identities, inputs, noted, number,
                   run_script, some_path, tell, whole_file, without)
-from eval import (build, default_folder, evaluate, load_file, objective, percent, pick_device, provenance,
-                  readable, reopen)
+from eval import (FREE, build, evaluate, load_file, objective, percent, pick_device, provenance, readable,
+                  reopen)
 from mamba import set_compile
 from model import configure_optimizers, or_uncompiled, out_of_memory, precision
 
-PLAIN = dict(ahead=0.0, deep=False, curriculum=False, tied=False)  # the paper's objective, nothing added
-
 def preset(s):
-    """What no flag says, by the settings s (dict), which hold what PLAIN names only if a flag has set it."""
+    """What no flag says, by the graph, the model and the objective in the settings s (dict). `ahead` and
+    `deep` are there only if a flag has set them."""
     if s["preset"] == "paper":  # GPT-Mini, AdamW at its rate (sections 5 and B), 500 epochs: for a GPU
-        return PLAIN | dict(n_layer=12, n_embd=384, n_head=6, short_conv=0, mimetic=False, d_state=16,
-                            a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01, warmup=100,
-                            decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
+        return dict(ahead=0.0, deep=False, n_layer=12, n_embd=384, n_head=6, short_conv=0, mimetic=False,
+                    d_state=16, a_scale=1.0, batch_size=256, optimizer="adamw", lr=5e-4, muon_lr=0.01,
+                    warmup=100, decay=0.0, weight_decay=0.01, average=0.0, max_steps=390_500)
     path_len, edges, mamba = s["path_len"], s["deg"] * (s["path_len"] - 1), s["model"] == "mamba"
     deep = s["teacherless"] and not (mamba and edges < 10)  # on few edges a Mamba is quicker without
     standard = not (s["teacherless"] or s["reverse"])  # here a GPT needs GPT-2's first weights and Muon
     shallow = s["reverse"] and not (s["teacherless"] or mamba)  # one look-up a token; deeper took longer
-    long = s["teacherless"] and path_len > 5 and not (mamba or s["reverse"])  # a Mamba gained nothing by it
+    large = not shallow and (path_len > 10 or edges > (30 if mamba else 60))  # batches of 64 found less
     common = dict(  # to both models
-        ahead=float(s["teacherless"]), deep=deep, curriculum=long, tied=long,  # the cure
-        n_layer=3 if shallow else path_len + (1 if mamba else 0 if long else 3),  # path_len - 2 look-ups
+        ahead=float(s["teacherless"]), deep=deep,  # the two additions that make teacherless training work
+        n_layer=3 if shallow else path_len + (1 if mamba else 3),  # for path_len - 2 look-ups, one by one
         n_embd=128 if s["num_nodes"] > 64 else 64,  # room for the codes of all node values
         short_conv=4, mimetic=not standard,  # from the first step on a GPT sees an edge whole, and its like
         d_state=64,                    # a Mamba's memory of the edges; with 32 it took more steps
         a_scale=0.01,                  # slow decay: edges read early are still there when the goal comes
-        batch_size=256 if edges > (30 if mamba else 60) and not shallow else 64,  # 64 found less there
-        weight_decay=0.0, n_head=4, max_steps=2000 if standard and not s.get("ahead") else 10_000)
+        batch_size=256 if large else 64, weight_decay=0.0, n_head=4,
+        max_steps=2000 if standard and not s.get("ahead") else 10_000)
     if mamba:  # falling rates need fewer steps; without the cure 0.02 diverged on large graphs
         rate = 0.02 if s["teacherless"] and (s.get("ahead", 1) or s.get("deep", deep)) else 0.01
         return common | dict(optimizer="muon", lr=rate, muon_lr=rate, warmup=250 if edges < 10 else 500,
@@ -61,49 +60,29 @@ def preset(s):
 # The loss: what all of this is about.
 def loss(model, maps, task, prefix, target, s):
     """The training loss of a batch: prefix (b, prefix_len), target (b, l), settings s -> two scalars in nats
-    a token, the answer's cross-entropy (deep: of all layers) and the look-ahead's, weighted. With nothing
-    added it is the paper's: next-token prediction (eq. 2), or `teacherless`, from dummies (eq. 5)."""
+    a token, the answer's cross-entropy (deep: its mean over the layers) and the weighted look-ahead's. With
+    neither it is the paper's: next-token prediction (eq. 2), or `teacherless`, from dummies (eq. 5)."""
+    cross_entropy = lambda x, y: F.cross_entropy(model.head(x).float().flatten(0, -2), y.flatten())
+
     # Standard training feeds the true path, so that each next node can be looked up from the one before it:
     # the Clever Hans cheat. Teacherless training feeds `$`: nothing but the prefix tells the path.
     fed = inputs(task, prefix, target, s["teacherless"])  # (b, seq_len - 1)
 
     # What the head reads at the answer's positions, (b, l, d). Deep: behind every layer, (n_layer, b, l, d),
     # or else the last layers learn the first look-ups, and then there is no layer left for the next one.
-    x, l = model.features(fed, every=s["deep"], last=task.target_len), task.target_len
-    i = j = torch.arange(l, device=x.device)  # position i is asked for node j
+    x = model.features(fed, every=s["deep"], last=task.target_len)
+    target = target.expand(x.shape[:-1])
+    answer = cross_entropy(x, target)
+    if not s["ahead"]:
+        return answer, answer.new_zeros(())
 
-    # Look-ahead: it is also asked for each node j > i, through a map for the distance j - i that is thrown
-    # away after training (multi-token prediction, Gloeckle et al. 2024). The path is found by look-ups from
-    # the goal backwards; what one finds must be kept for the next one where it is no answer yet.
-    if s["ahead"]:
-        i, j = torch.cat([i.expand(2, l), torch.triu_indices(l, l, 1, device=x.device)], 1)
-        later = maps(x).unflatten(-1, (l - 1, -1))                        # (..., b, l, distance - 1, d)
-        x = torch.cat([x.unsqueeze(-2), later], -2)[..., i, j - i, :]     # the l answers, then the rest
-    nodes = target.expand(x.shape[:-2] + (l,))[..., j]                    # (..., b, questions)
-    nats = F.cross_entropy(model.head(x).float().flatten(0, -2), nodes.flatten(),
-                           reduction="none").view(nodes.shape)
-
-    # Curriculum: a question weighs as much as it can be learnt now, which each layer's own answers tell.
-    counts = keeps = torch.ones_like(nats[..., 0, :])                     # (..., questions)
-    if s["curriculum"]:
-        p = nats.new_zeros(*nats.shape[:-2], l, l)
-        p[..., i, j] = (-nats.detach()).exp().mean(-2)
-        counts, keeps = (x[..., i, j] for x in curriculum(p))
-    mean = lambda of: (nats.mean(-2) * counts * keeps)[..., of].mean() / counts[..., of].mean()
-    return mean(slice(l)), s["ahead"] * mean(slice(l, None)) if s["ahead"] else nats.new_zeros(())
-
-def curriculum(p):
-    """What can be learnt now. p (..., l, l): the mean probability, behind a layer, of node j in position i
-    -> how much node j counts there, and what share of that position i must keep, (..., l, l) both."""
-    # As far as all answers after it are known: while the node that its look-up starts from is not found, a
-    # node's loss is noise. Start and goal always count; they stand in the prefix.
-    counts = p.diagonal(0, -2, -1).flip(-1).cumprod(-1).flip(-1).roll(-1, -1)
-    counts[..., 0] = counts[..., -1] = 1
-
-    # Two nodes at a time: a position may let go of a node once it has found the one two before it, or an
-    # earlier one (but for the start). A width of 64 has no room for all of a long path.
-    p[..., 0, 0] = 0
-    return counts.unsqueeze(-2).expand_as(p), 1 - F.pad(p.cummax(-1).values[..., :-2], (2, 0))
+    # Look-ahead: position i also predicts each node j > i, through a map for the distance j - i that is
+    # thrown away after training (multi-token prediction, Gloeckle et al. 2024). The path is found by look-ups
+    # from the goal backwards; what one finds must be kept for the next one where it is no answer yet.
+    l = task.target_len
+    i, j = torch.triu_indices(l, l, 1, device=x.device)  # all pairs i < j
+    later = maps(x).unflatten(-1, (l - 1, -1))            # (..., l, distance - 1, d)
+    return answer, s["ahead"] * cross_entropy(later[..., i, j - i - 1, :], target[..., j])
 
 DEFAULTS = dict(preset="quick", model="gpt", teacherless=False, reverse=False, plain=False, deg=2,
                 path_len=5, num_nodes=50, n_train=200_000, n_test=10_000, train_file=None, test_file=None,
@@ -115,18 +94,17 @@ def parse(argv=None):
     parser, yes, yes_or_no = Parser(__doc__), dict(action="store_true"), dict(action=BooleanOptionalAction)
     whole = lambda least, most=10**9: dict(type=number(int, least, most), metavar="X")
     real = lambda least, most: dict(type=number(float, least, most), metavar="X")
-    add = lambda flag, text, **options: parser.add_argument(
-        flag, help=f"{text} (default {DEFAULTS.get(flag[2:], 'by the preset')})", default=SUPPRESS, **options)
+    def add(flag, text, **options):
+        text += f" (default {DEFAULTS.get(flag[2:], 'by the preset')})"
+        parser.add_argument(flag, default=SUPPRESS, help=text, **options)
 
     add("--preset", "what flags not given are set to", choices=("quick", "paper"))
     add("--model", "the architecture", choices=("gpt", "mamba"))
     add("--teacherless", "feed `$` in place of the answer and predict all of it in one pass", **yes)
     add("--reverse", "write the path goal first", **yes)
-    add("--plain", "the paper's objective, none of the next four; a Mamba takes half the rates", **yes)
+    add("--plain", "the paper's loss: --ahead 0 --no-deep; a Mamba takes half the rates", **yes)
     add("--ahead", "weight of the look-ahead; 1 in the cure, else 0", **real(0, 100))
     add("--deep", "take the losses behind every layer; in the cure, not a Mamba's on few edges", **yes_or_no)
-    add("--curriculum", "weigh a node by what is known; in a GPT's cure of long paths", **yes_or_no)
-    add("--tied", "the layers from the third on are one block (gpt); in its cure of long paths", **yes_or_no)
     add("--deg", "arms of the graph, d", **whole(1, 10_000))
     add("--path_len", "nodes of the path, l", **whole(2, 10_000))
     add("--num_nodes", "node values, N", **whole(2, 10_000))
@@ -163,18 +141,25 @@ def parse(argv=None):
 
 def settle(given):
     """The flags given -> every setting (dict). Raises UserError for a flag without an effect."""
-    s = DEFAULTS | (PLAIN if given.get("plain") else {}) | given
+    s = DEFAULTS | (dict(ahead=0.0, deep=False) if given.get("plain") else {}) | given  # what it stands for
     s = preset(s) | s
     mamba, adamw = s["model"] == "mamba", s["optimizer"] == "adamw"
-    useless = dict(n_head=mamba, short_conv=mamba, mimetic=mamba, tied=mamba, muon_lr=adamw,
-                   d_state=not mamba, a_scale=not mamba, n_train=s["train_file"], n_test=s["test_file"],
-                   plain=not s["teacherless"] or any(map(s.get, PLAIN)))
+    useless = dict(n_head=mamba, short_conv=mamba, mimetic=mamba, d_state=not mamba, a_scale=not mamba,
+                   muon_lr=adamw, n_train=s["train_file"], n_test=s["test_file"],
+                   plain=not s["teacherless"] or s["ahead"] or s["deep"])
     for name in filter(useless.get, given):
         raise UserError(f"--{name} {given[name]}: contradicts the other flags or has no effect; leave it out")
     return s
 
+def default_folder(given, s):
+    """out/MODEL-OBJECTIVE-GRAPH-..., with every given flag that the name does not hold yet."""
+    named = {*"model teacherless reverse plain ahead deep deg path_len num_nodes seed resume".split(), *FREE}
+    named -= {"train_file", "test_file"} | ({"ahead"} if s["ahead"] not in (0, 1) else set())
+    extra = "".join(f"-{name}_{Path(str(given[name])).name}" for name in sorted(given.keys() - named))
+    task = f"{s['model']}-{objective(s).replace(' ', '')}-G{s['deg']},{s['path_len']}-N{s['num_nodes']}"
+    return Path("out", f"{task}{extra}-seed{s['seed']}")
+
 class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
-    kept = "step", "seconds", "log", "recent_loss"  # what a checkpoint has as it is
     def __init__(self, settings):
         self.settings = s = settings
         self.device = pick_device(s["device"])
@@ -183,8 +168,8 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         # the weights are drawn on the CPU, so that a seed means the same on every device
         torch.manual_seed(s["seed"])
         self.task, model = build(s)
-        d, later = s["n_embd"], self.task.target_len - 1  # the look-ahead's maps, if any
-        maps = torch.nn.Linear(d, later * d, bias=False) if s["ahead"] else torch.nn.Identity()
+        width, distances = s["n_embd"], self.task.target_len - 1  # the look-ahead's maps, if any
+        maps = torch.nn.Linear(width, distances * width, bias=False) if s["ahead"] else torch.nn.Identity()
         self.average = copy.deepcopy(model).requires_grad_(False).to(self.device)
         self.model, self.maps = model.to(self.device), maps.to(self.device)
         for block in [*self.model.layers(), *self.average.layers()]:
@@ -194,15 +179,18 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.optimizers = configure_optimizers(torch.nn.ModuleList([self.model, self.maps]), s["optimizer"],
                                                s["lr"], s["muon_lr"], s["weight_decay"])
         self.step, self.seconds, self.log, self.recent_loss = 0, 0.0, [], 0.0
-        self.count, self.loss_sum = torch.zeros(2, device=self.device)  # steps; since the last evaluation
+        self.count = torch.zeros((), device=self.device)     # steps, as a tensor
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
         self.call = Recorded(self.iterate) if s["cuda_graph"] and self.device.type == "cuda" else self.iterate
 
         # the training graphs are neither those that decide when to stop nor those that tell what was learnt
         test, graphs = (load_file(s, flag, self.task) for flag in ("test_file", "train_file"))
         self.validation, self.test = held_out(self.task, s["n_test"], test)
         taken = {*identities(self.validation), *identities(self.test)}
-        graphs = (without(graphs, taken) if graphs else
-                  draw(self.task, s["n_train"], taken, TRAIN, s["seed"]) if s["n_train"] else None)
+        if graphs:
+            graphs = without(graphs, taken)
+        elif s["n_train"]:
+            graphs = draw(self.task, s["n_train"], taken, TRAIN, s["seed"])
         if graphs and len(graphs.prefix) < s["batch_size"]:
             raise UserError(f"--batch_size {s['batch_size']}: {len(graphs.prefix)} graphs left to train on")
         self.batches = Batches(self.task, s["batch_size"], s["seed"], self.device, graphs, taken)
@@ -238,30 +226,38 @@ class Run:  # what a checkpoint holds or the settings rebuild, and one iteration
         self.step += 1
 
     def evaluate(self, graphs, name):
-        """Measure the average -> a line of the log (dict); its loss is the answer's, in training."""
+        """Measure the average -> a line of the log (dict): loss is that of training since the last one
+        (deep: the layers' mean), without the look-ahead's; unseen_loss that of these graphs."""
         with precision(self.settings["dtype"], self.device):
             result = evaluate(self.average, self.task, graphs, self.settings["teacherless"])
         return dict(step=self.step, samples=self.step * self.settings["batch_size"], loss=self.recent_loss,
                     seconds=round(self.seconds, 1), unseen_loss=result.pop("loss"), graphs=name, **result)
 
     def check(self):
-        """Set recent_loss, the mean since an evaluation. FloatingPointError: it or a weight is not finite."""
+        """Set recent_loss, the mean since an evaluation; FloatingPointError: it or a weight is not finite."""
         if since := self.step - (self.log[-1]["step"] if self.log else 0):
             self.recent_loss = self.loss_sum.item() / since
-        if not torch.stack(torch._foreach_norm([self.loss_sum, *self.model.parameters()])).isfinite().all():
+        norms = torch._foreach_norm([self.loss_sum, *self.model.parameters()])
+        if not torch.stack(norms).isfinite().all():
             raise FloatingPointError(f"the loss or a weight was not finite at or before step {self.step}")
+
+    def finished(self):
+        """At the last step, or solved as two evaluations in a row say."""
+        solved = [line["accuracy"] >= self.settings["stop_at"] > 0 for line in self.log[-2:]]
+        return self.step >= self.settings["max_steps"] or solved == [True, True]
 
     def state_dict(self):
         model, weights, maps = (module.state_dict() for module in (self.average, self.model, self.maps))
-        return dict({name: getattr(self, name) for name in self.kept}, settings=self.settings, model=model,
-                    weights=weights, maps=maps, loss_sum=self.loss_sum.item(),
-                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        plain = ("settings", "step", "seconds", "log", "recent_loss")
+        return dict({name: getattr(self, name) for name in plain}, model=model, weights=weights, maps=maps,
+                    loss_sum=self.loss_sum.item(), optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state):
         saved = [state["model"], state["weights"], state["maps"], *state["optimizers"]]
         for part, values in zip([self.average, self.model, self.maps, *self.optimizers], saved, strict=True):
             part.load_state_dict(values)
-        vars(self).update({name: state[name] for name in self.kept})
+        for name in ("step", "seconds", "log", "recent_loss"):
+            setattr(self, name, state[name])
         self.count.fill_(self.step)
         self.loss_sum.fill_(state["loss_sum"])
 
@@ -288,20 +284,23 @@ class Recorded:
             place.copy_(x)
         self.graph.replay()
 
-# A run's folder. Each file is replaced whole, the checkpoint first: a killed run can always be resumed.
+# A run's folder. Every file in it is replaced whole, the checkpoint first: whenever a run is killed, what
+# lies there can be resumed and evaluated, or is free for another start.
 @contextlib.contextmanager
 def hold(folder, resume):
-    """Have a run's folder, alone where there are locks -> a list of the signals that have asked to stop."""
+    """Have a run's folder, alone where there are locks -> a list of the signals that have asked to stop. A
+    new run gets a new folder or a free one, which is left as it was if the start fails."""
     made = [path for path in (folder, *folder.parents) if not resume and not path.exists()]
     with contextlib.ExitStack() as stack:
         signals = noted(stack)
         @stack.callback
-        def unmake():  # a start that failed leaves nothing behind
+        def unmake():  # what is empty in the end
             for path in made:
                 with contextlib.suppress(OSError):
                     path.rmdir()
         made and folder.mkdir(parents=True)
-        stack.callback(os.close, lock := os.open(folder, os.O_RDONLY))
+        lock = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -327,11 +326,12 @@ def train(run, folder, signals):
     while True:
         # what is due now; the first save comes after the step that compiles and takes the memory
         run.seconds, stop, first = time.perf_counter() - begin, bool(signals), run.step == 1
-        due = ((run.step % s["eval_every"] == 0 or run.step >= s["max_steps"])
-               and run.step > (run.log[-1]["step"] if run.log else 0))
+        end = run.step % s["eval_every"] == 0 or run.step >= s["max_steps"]
+        due = end and run.step > (run.log[-1]["step"] if run.log else 0)
+        look = run.step % 50 == 0
 
         # measure and save, only if all is finite
-        if due or stop or first or run.step % 50 == 0:
+        if due or stop or first or look:
             run.check()
         if due:
             run.log.append(or_uncompiled(run.evaluate, run.validation, "validation"))
@@ -345,12 +345,11 @@ def train(run, folder, signals):
             x, left = run.log[-1], (s["max_steps"] / run.step - 1) * run.seconds / 60
             tell(f"{text}, at most {left:.1f} left | {x['samples'] / run.seconds:.0f} graphs/s | exact "
                  f"{percent(x['accuracy'])} %, tokens {' '.join(map(percent, x['token_accuracy']))}")
-        elif run.step % 50 == 0:
+        elif look:
             tell(text, live=True)
 
-        # solved: by two evaluations in a row; the test graphs are read here only
-        solved = [line["accuracy"] >= s["stop_at"] > 0 for line in run.log[-2:]] == [True, True]
-        if stop or solved or run.step >= s["max_steps"]:
+        # the test graphs are read here only
+        if stop or run.finished():
             return None if stop else or_uncompiled(run.evaluate, run.test, "test")
         or_uncompiled(run.train_step)
 
@@ -376,7 +375,8 @@ def main(argv=None):
                  f"{sum(p.numel() for p in run.model.parameters()):,} parameters in {s['n_layer']} layers of "
                  f"{s['n_embd']}; at most {s['max_steps']:,} steps of {s['batch_size']} graphs, into {name}"
                  + "\ncompiling, a minute or two the first time, then seconds ..." * s["compile"])
-            if (line := train(run, folder, signals)) is None:
+            line = train(run, folder, signals)
+            if line is None:
                 tell(f"saved at step {run.step:,}; to go on: python train.py --resume --out_dir {name}")
                 sys.exit(128 + signals[0])
             save(run, folder, line)
